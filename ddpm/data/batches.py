@@ -15,8 +15,6 @@ RESIDENT_SHARE = 8
 """A dataset lies on the GPU where it takes less than this part of its free memory: CIFAR-10's 150 MB do."""
 PIECE_IMAGES = 1024
 """Number of images that are brought there at a time."""
-
-
 Parts = tuple[torch.Tensor, ...]
 """What is sent to the device for a batch: indices, or images and labels. A slice of each is a slice of the batch."""
 

@@ -22,8 +22,6 @@ MAX_IMAGE_BYTES = 256 << 20
 """Largest file of one image: ten megabytes of a zip can unpack to ten gigabytes of zeros."""
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Compression methods that zipfile unpacks in bounded pieces; with others a kilobyte may become a gigabyte at once."""
-
-
 _listed: ContextVar[dict[str, Any] | None] = ContextVar("listed", default=None)
 
 

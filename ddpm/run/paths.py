@@ -22,8 +22,6 @@ from ddpm.run.files import link_to_nothing
 SCHEMA = 1
 MAX_NAME = 100
 NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}")
-
-
 EXPORTED_WEIGHTS, EXPORTED_CONFIG, EXPORTED_CLASSES = "model.safetensors", "config.yaml", "classes.json"
 """A model without its run: files of one folder; classes.json lists their names, where it has some."""
 ASIDE = ".damaged-"
@@ -57,9 +55,9 @@ def check_set_name(name: str) -> str:
 def fit_name(name: str) -> str:
     """A name that was put together, made to fit MAX_NAME: one that is too long is cut and ends in a digest of
     itself."""
-    return (
-        name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    )
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def listed(directory: Path) -> list[Path]:

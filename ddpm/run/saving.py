@@ -269,7 +269,7 @@ class Checkpointer:
                 unfinished.set_aside(run, damaged, f"rejected, and step {newest} is saved now", self._log)
             elif step not in keep:
                 begun = unfinished.begin(run, step, self._token, self._fence.check)
-                for path in (run.manifest(step), run.checkpoint(step), run.ema_weights(step)):  # if it was the end
+                for path in (run.manifest(step), run.checkpoint(step), run.ema_weights(step)):  # EMA of a former end
                     path.unlink(missing_ok=True)
                 begun.unlink()
         self._clear()

@@ -154,9 +154,8 @@ class Telemetry:
                 images_per_s=f"{record['images_per_s']:.1f}",
             )
         else:
-            losses = " ".join(
-                [f"loss {record['loss']:.4f}", *(f"validation {v}" for v in _validation(record).values())]
-            )
+            losses = f"loss {record['loss']:.4f}"
+            losses += "".join(f" validation {loss}" for loss in _validation(record).values())
             self._bar.update(0, description=f"{losses}  {record['images_per_s']:.0f} img/s")
 
     def lacks(self, step: int, key: str) -> bool:

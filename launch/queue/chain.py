@@ -149,9 +149,7 @@ def queue(
                     jobs, refused = smaller, None
                 elif not ids:
                     raise
-        if (
-            new[1:] and bad_nodes(jobs[0].run) != known
-        ):  # the first has begun, and found one that those were sent without
+        if new[1:] and bad_nodes(jobs[0].run) != known:  # the first has begun, and has found a bad node
             _catch_up(jobs, ids, new[1:])
         # the later ones wait for the first, whatever they ask for
         asks = why and ids and ids[0] == new[:1]

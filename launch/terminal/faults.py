@@ -40,8 +40,6 @@ OF_WORDS = {
     "not enough memory": "v",
 }
 """Text in libraries' own errors -> ulimit's letter."""
-
-
 LIBRARIES = ("undefined symbol", "GLIBC_", "GLIBCXX_", "CXXABI_", "cannot open shared object file")
 """Text in the error of an import that found a shared library, and not the one that was meant."""
 
