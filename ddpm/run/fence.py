@@ -75,11 +75,7 @@ class Fence:
                 claim.unlink(missing_ok=True)
 
     def _await_lock(
-        self,
-        owner: dict[str, Any],
-        wait_s: float,
-        is_orphan: Callable[[dict[str, Any]], bool],
-        how_to_end: str,
+        self, owner: dict[str, Any], wait_s: float, is_orphan: Callable[[dict[str, Any]], bool], how_to_end: str
     ) -> None:
         """Return once this process has the lock, or an orphan is known to hold it. Raises RunBusy."""
         deadline = time.monotonic() + wait_s

@@ -211,8 +211,7 @@ class Telemetry:
         record = {"time": now(), "step": step, "total_steps": self._total_steps, **self._owner, "inode": self._inode}
         record |= {key: latest.get(key) for key in ("loss", "images_per_s")}
         self._try(
-            "heartbeat",
-            lambda: write_json(self._run.heartbeat, record, replace=True, may_publish=self._may_publish),
+            "heartbeat", lambda: write_json(self._run.heartbeat, record, replace=True, may_publish=self._may_publish)
         )
 
     def grid(self, step: int, grid: np.ndarray) -> None:

@@ -70,10 +70,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "mem_per_cpu": {"metavar": "4G", "help": "instead of --mem"},
     "mem_per_gpu": {"metavar": "40G", "help": "instead of --mem"},
     "max_parallel": {"type": int, "help": "array tasks that run at a time (default 16)"},
-    "tasks": {
-        "metavar": "N",
-        "help": "array tasks that divide the shards of a set, or an evaluation (default auto)",
-    },
+    "tasks": {"metavar": "N", "help": "array tasks that divide the shards of a set, or an evaluation (default auto)"},
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
     "cluster": {
         "choices": ["auto", "slurm", "local"],

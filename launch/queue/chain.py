@@ -272,10 +272,7 @@ def fill_gaps(
         after = ":".join(waiting)
         said = (*again, "--round", round_)
         new = queued(Job("evaluate", run, site, set_name, (), after, said, despite=known))
-    print(
-        f"{lacks}: job {after} makes what is missing, job {new} scores after it",
-        flush=True,
-    )
+    print(f"{lacks}: job {after} makes what is missing, job {new} scores after it", flush=True)
     return 0
 
 
