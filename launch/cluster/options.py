@@ -20,28 +20,11 @@ from launch.cluster.site import MEMORIES, Site, Stage
 
 PROFILES = SHIPPED / "configs" / "cluster"
 OURS = {
-    "array",
-    "time",
-    "nodes",
-    "ntasks-per-node",
-    "gpus-per-node",
-    "job-name",
-    "signal",
-    "partition",
-    "dependency",
-    "export",
-    "output",
-    "error",
-    "open-mode",
-    "parsable",
-    "wrap",
-    "wait",
-    "test-only",
-    "chdir",
-    "ntasks",
-    "uid",
-    "gid",
+    *("array", "time", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "job-name", "signal", "partition"),
+    *("dependency", "export", "output", "error", "open-mode", "parsable", "wrap", "wait", "test-only", "chdir"),
+    *("uid", "gid"),
 }
+"""Options of sbatch that the launcher sets, and nobody else."""
 INSTEAD = {"ntasks-per-node": "--tasks-per-node", "ntasks": "--nodes and --tasks-per-node", "job-name": "--name"}
 """What asks for some of these."""
 BARE = {

@@ -195,15 +195,8 @@ def _samples(facts: Facts) -> list[str]:
 
 def sample_command(facts: Facts, set_name: str, request: Request) -> str:
     """What makes the set of this request, in a run that has its checkpoint."""
-    words = [
-        "python",
-        "launch/sample.py",
-        str(facts.run.path),
-        "--set",
-        set_name,
-        "--step",
-        str(request.checkpoint.step),
-    ]
+    words = ["python", "launch/sample.py", str(facts.run.path), "--set", set_name]
+    words += ["--step", str(request.checkpoint.step)]
     names = [field.name for field in fields(request) if field.name not in ("checkpoint", "class_plan", "clip_x_0")]
     for name in names:
         value = getattr(request, name)

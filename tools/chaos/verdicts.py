@@ -31,17 +31,9 @@ REFUSALS = (2, 3, 78)
 OFTEN_REPLACED = {"lock", "fence", "heartbeat.json"}
 """Signs of the present alone: the next life writes its own."""
 VOLATILE = {
-    "created",
-    "fence",
-    "self_sha256",
-    "command",
-    "time",
-    "since",
-    "last_sign",
-    "images_per_s",
-    "versions",
-    "git",
+    *("created", "fence", "self_sha256", "command", "time", "since", "last_sign", "images_per_s", "versions", "git"),
 }
+"""Keys of records whose values differ from life to life."""
 Content = dict[str, set[str]]
 """Path -> digests of what the file holds: of all of it, or of each record."""
 
