@@ -1,4 +1,5 @@
-"""Which cluster SLURM's commands ask, where one login node has several (sbatch --clusters). Runs no command."""
+"""Which cluster SLURM's commands ask, where one login node has several (sbatch --clusters); and which variables of its
+surroundings sbatch must not see. Runs no command."""
 
 from __future__ import annotations
 
