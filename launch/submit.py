@@ -86,7 +86,7 @@ def parse() -> argparse.Namespace:
         "--prepare", action="store_true", help="pack data, check, make the run directory; queue nothing"
     )
     add_options(parser)
-    parser.set_defaults(base=None)  # set where a run goes on: what it was submitted with
+    parser.set_defaults(base=None)  # what a run that goes on was submitted with
     return parser.parse_intermixed_args()
 
 

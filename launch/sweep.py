@@ -236,8 +236,7 @@ def _begin(points: list[Point], site: Site, args: argparse.Namespace) -> None:
 
 
 def _tell_what_they_wait_for(points: list[Point], known: set[str]) -> None:
-    """Print what the new jobs wait for, by one query; of the first run that was printed when it was queued. known: the
-    jobs that were there before.
+    """Of all but the first, which has told it: SLURM is asked once. known: jobs of before, of which nothing is told.
 
     Raises RequestError where one would never start, and takes its jobs back.
     """

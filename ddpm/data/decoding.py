@@ -22,7 +22,7 @@ MOST_PIXELS = 1 << 30
 """Largest picture that is decoded; it takes four gigabytes of memory."""
 LARGE_PIXELS = 1 << 24
 _large = threading.Lock()
-"""Held while a picture with more pixels is decoded, so that several threads take no more memory for it than one."""
+"""Of pictures with more pixels one is decoded at a time: several threads take no more memory for them than one."""
 ORIENTATION = 0x0112
 """EXIF's tag of which way up a camera was held."""
 UPRIGHT = {

@@ -48,7 +48,7 @@ SMALL_BYTES = 4096
 """Average size of files below which threads do not pay: most of the work is Python's own then."""
 BACKSLASH = "\\"
 HIDDEN = re.compile(r"(?:^|/)(?:\.(?!/|$)|__MACOSX)")
-"""A name is left out if one part of it begins like this."""
+"""A name of which a part begins so is left out."""
 SHOWN = 20
 """Number of damaged images that a message names."""
 SKIP = "\n  (data.skip_damaged=true goes on without what cannot be decoded)"
@@ -189,11 +189,11 @@ def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
         selection["class"] = "outermost folder"
     if splits := list(layout.new_splits(folders, depth)):
         selection["splits"] = splits
-    if any(suffix(n) == ".jfif" for n in images):  # they were left out once
+    if any(suffix(n) == ".jfif" for n in images):  # once they were left out
         selection["suffixes"] = [".jfif"]
-    if kind == "zip" and any(BACKSLASH in n for n in images):  # they were in no folder once
+    if kind == "zip" and any(BACKSLASH in n for n in images):  # once they were in no folder
         selection["separator"] = BACKSLASH
-    if kind == "zip" and any(meant[n] != n.replace(BACKSLASH, "/") for n in images):  # they had other names once
+    if kind == "zip" and any(meant[n] != n.replace(BACKSLASH, "/") for n in images):  # once they had other names
         selection["names"] = "UTF-8"
     labels = {n: label_of.get(name, -1) for n, name in class_of.items()}
     return Source(kind, path, members, classes, labels, selection or None, not_taken)

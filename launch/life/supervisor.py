@@ -21,7 +21,15 @@ from ddpm.run.events import EventLog, read_events
 from ddpm.run.paths import RunDir
 from launch.cluster import environment, scheduler
 from launch.cluster.environment import JobEnvironment
-from launch.life.decision import Evidence, bad_nodes, blames_its_node, decide, mistaken_again, not_ours, wait_s
+from launch.life.decision import (
+    Evidence,
+    bad_nodes,
+    blames_its_node,
+    decide,
+    mistaken_again,
+    not_ours,
+    wait_s,
+)
 from launch.life.gathering import forget_shard, gather, say
 from launch.life.last_words import LastWords, last_words
 from launch.life.life import after_scancel

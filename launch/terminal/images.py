@@ -47,7 +47,7 @@ def score_images(args: argparse.Namespace) -> int:
         save_statistics(packed, stats, extractor, keep, show)
         print(f"{stats}: statistics of {counted(len(packed), 'image')}, {extractor.name} features")
     elif reference:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout gets the record alone
+        with contextlib.redirect_stdout(sys.stderr):  # where the record alone goes
             result = evaluate_images(packed, reference, extractor, args.size, keep, show)
         print_score(result, None, as_json=args.json)
     return 0

@@ -159,7 +159,7 @@ def _cost(config: Config, site: Site) -> str:
 
 
 def gpu_hours(config: Config) -> float | None:
-    """Hours of training on one GPU of those in MEASURED; None if its speed or its length in steps is not known."""
+    """Of training, on one GPU as in MEASURED; None where its speed or its length in steps is not known."""
     speed, _ = MEASURED.get(_network(config), (0, ""))
     if not speed or config.train.total_steps is None:
         return None

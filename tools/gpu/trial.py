@@ -94,8 +94,13 @@ def lives(where: RunDir, limit_s: float, ends: float, data: Path) -> dict[str, A
 
 
 def submit(data: Path, where: RunDir) -> None:
-    words = [sys.executable, "launch/submit.py", "data.name=images", f"data.path={data}"]
-    words += [f"checkpoint.every_min={SAVE_EVERY_MIN}"]
+    words = [
+        sys.executable,
+        "launch/submit.py",
+        "data.name=images",
+        f"data.path={data}",
+        f"checkpoint.every_min={SAVE_EVERY_MIN}",
+    ]
     words += ["--cluster", "local", "--gpus-per-node", "1", "--root", str(where.path.parent), "--name", where.path.name]
     words += AS_TRAINED
     if not torch.cuda.is_available():
