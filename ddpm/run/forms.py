@@ -49,8 +49,9 @@ def _is_tree(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _is_sign(value: Any) -> bool:
-    return checked(value, SIGN)[1] == ""
+def _has(needed: Form, too: Form | None = None) -> Callable[[Any], bool]:
+    """A function that tells whether a value is a record of this form."""
+    return lambda value: checked(value, needed, too)[1] == ""
 
 
 SIGN: Form = {"job": _is_job, "restart": _is_count, "time": _is_time}
@@ -60,7 +61,7 @@ EVENT_TOO: Form = {
     **dict.fromkeys(("host", "cluster", "stage", "set", "via", "reason", "bad_node", "run", "sha256"), _is_text),
     **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid", "tasks", "wait_s"), _is_count),
     **dict.fromkeys(("since", "former_life_ended"), _is_time),
-    **{"last_sign": _is_sign, "args": _is_words, "options": _is_options},
+    **{"last_sign": _has(SIGN), "args": _is_words, "options": _is_options},
     **{"successor_of": _is_job, "launch": _is_tree},
     "preemption": lambda value: _is_tree(value) and all(map(_is_text, value.values())),
 }
@@ -78,22 +79,19 @@ BEAT_TOO: Form = {
     **dict.fromkeys(("host", "cluster"), _is_text),
     **dict.fromkeys(("loss", "images_per_s"), _is_number),
 }
-RUN_TOO: Form = {
-    **dict.fromkeys(("config_digest", "created", "reads", "run_id"), _is_text),
-    **dict.fromkeys(("launch", "resolved"), _is_tree),
-    **dict.fromkeys(("command", "first_command"), _is_words),
-    "data": lambda value: checked(value, DATA, DATA_TOO)[1] == "",
-    "from": lambda value: checked(value, FROM, FROM_TOO)[1] == "",
-    "sweep": lambda value: checked(value, SWEEP)[1] == "",
+DATA: Form = {"cache": _is_text}
+DATA_TOO: Form = {
+    **dict.fromkeys(("key", "digest", "scratch"), _is_text),
+    **{"num_images": _is_count, "test": _has(dict.fromkeys(("key", "digest"), _is_text))},
 }
 FROM: Form = dict.fromkeys(("source", "weights", "sha256", "start_sha256"), _is_text)
 FROM_TOO: Form = {"step": _is_count, "config_digest": _is_text}
 SWEEP: Form = {"name": _is_text, "values": _is_tree}
-DATA: Form = {"cache": _is_text}
-DATA_TOO: Form = {
-    **dict.fromkeys(("key", "digest", "scratch"), _is_text),
-    "num_images": _is_count,
-    "test": lambda value: checked(value, dict.fromkeys(("key", "digest"), _is_text))[1] == "",
+RUN_TOO: Form = {
+    **dict.fromkeys(("config_digest", "created", "reads", "run_id"), _is_text),
+    **dict.fromkeys(("launch", "resolved"), _is_tree),
+    **dict.fromkeys(("command", "first_command"), _is_words),
+    **{"data": _has(DATA, DATA_TOO), "from": _has(FROM, FROM_TOO), "sweep": _has(SWEEP)},
 }
 
 
