@@ -55,12 +55,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def build_model(config: Config, device: Device = None) -> UNet:
-    """The config's network with initial weights from its seed, float32, in training mode, on `device`."""
+    """The config's network with initial weights from its seed, float32, in training mode, on `device`. RequestError for
+    a device that this machine does not have."""
     return build.build_model(config, as_device(device), "fp32")
 
 
 def build_diffusion(config: Config, device: Device = None) -> Diffusion:
-    """The config's schedule with the forward process and the loss, its tables on `device`."""
+    """The config's schedule with the forward process and the loss, its tables on `device`. RequestError as
+    `build_model`."""
     return Diffusion(schedules.build(config.diffusion)).to(as_device(device))
 
 
@@ -237,12 +239,15 @@ class Model:
         )
 
     def to(self, device: Device) -> Model:
-        """Move the network to `device` and return the model. None: a GPU if there is one, else the CPU."""
+        """Move the network to `device` and return the model. None: a GPU if there is one, else the CPU.
+
+        Raises RequestError for a device that this machine does not have.
+        """
         self.network.to(as_device(device))
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the weights by `ddpm.save`, with all that `load` needs to restore this model."""
+        """Write the weights by `ddpm.save`, with all that `load` needs to restore this model. Raises as that."""
         save(self.network, path, config=self.config, step=self.step, classes=self.classes)
 
     def eps(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -310,7 +315,7 @@ class Model:
         if "sampler" in asked:
             changes["steps"] = usual_steps(self.config, asked["sampler"])
             if not kind_of(asked["sampler"]).has_eta:
-                changes["eta"] = 0.0  # the config's is for its own
+                changes["eta"] = 0.0  # the config's eta is meant for its own sampler
         tree["sample"] |= {**changes, **asked}
         config = section.build(Config, tree, "sample()")
         request = from_config(config, CheckpointRef(self.step, ""), self.precision, variance)
@@ -341,7 +346,7 @@ class Model:
 
 
 def _warn(message: str) -> None:
-    print(message, file=sys.stderr)  # what a script prints may be data
+    print(message, file=sys.stderr)  # not stdout: what a script prints may be data
 
 
 def _check_whole(name: str, values: Tensor, num: int, below: int) -> None:

@@ -15,7 +15,7 @@ EXIT_BUSY = 76
 EXIT_FATAL = 78
 
 GPU_MEMORY = re.compile(r"OutOfMemoryError|(?<!HOST)_ALLOC(?:ATION)?_FAILED|\b(?i:CUDA|HIP)\b.{0,20}\bout of memory")
-"""In what torch, CUDA, its libraries and Triton say where a GPU's memory is gone."""
+"""What torch, CUDA, its libraries and Triton say in an error when a GPU's memory is used up."""
 
 
 class DDPMError(Exception):

@@ -58,7 +58,7 @@ def link(runs: list[RunDir], where: Path) -> None:
         where.parent.mkdir(mode=0o700, exist_ok=True)
         if where.parent.lstat().st_uid != os.getuid():
             raise EnvironmentLacks(f"{where.parent} is somebody else's: choose another folder with TMPDIR")
-        shutil.rmtree(where, ignore_errors=True)  # of an earlier one, as nobody listens on this port
+        shutil.rmtree(where, ignore_errors=True)  # an earlier board's: nobody listens on this port
         where.mkdir()
         for run in runs:
             (where / run.name).symlink_to(run.tensorboard.absolute())

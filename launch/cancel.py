@@ -35,8 +35,6 @@ PATIENCE_S = 120.0
 POLL_S = 1.0
 AT_ONCE = 100
 """Runs that are told to end together: each takes an open file meanwhile."""
-
-
 Told = tuple[RunDir, work.Work, int]
 """A run that was told to end, what of it was at work, and the step that was saved before."""
 

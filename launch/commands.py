@@ -22,7 +22,7 @@ SCRIPTS = (
     "status",
     "submit",
 )
-"""As pyproject.toml lists them."""
+"""The scripts that are commands, as pyproject.toml lists them."""
 
 
 def __getattr__(name: str) -> Callable[[], None]:

@@ -71,7 +71,7 @@ def main() -> int:
         raise RequestError(f"--write-profile {args.write_profile}: {draft} exists; choose another name")
     root = environment.runs_root(args.root)
     num_images = None
-    with contextlib.suppress(RequestError):  # of data that cannot serve, which is told below
+    with contextlib.suppress(RequestError):  # the data cannot serve, which is told below
         num_images = prepare.num_images(config, RunDir(root / "doctor"))
     cache = prepare.cache_of(site, root)
     other = other_than_the_unet()

@@ -73,7 +73,7 @@ def do(job: Job, in_queue: Callable[[], list[str]], asked: Outcome, args: argpar
     prepare.settle_code(run, args.code)
     if job.site.is_local:
         process, log = local.start(run, [job])
-        with contextlib.redirect_stdout(sys.stderr):  # where the scores alone go
+        with contextlib.redirect_stdout(sys.stderr):  # stdout gets the scores alone
             code = follow.follow_process(run, process, log)
         return code or end()
     with turn(run):

@@ -31,9 +31,6 @@ from launch.queue.directory import text_of
 from launch.queue.waiting import in_queue, jobs_in_queue, on_other_clusters, slurm_jobs
 from launch.terminal import console, faults
 
-CELEBA_TRAIN_IMAGES = 162_770
-"""In the data set's own partition."""
-
 
 def num_images(config: Config, run: RunDir) -> int | None:
     """Training images, without packing any: an existing run's record says, else the data. None: not known yet.
@@ -45,8 +42,8 @@ def num_images(config: Config, run: RunDir) -> int | None:
     from ddpm.data.packed import open_source
 
     source = open_source(config.data)
-    if source.kind == "celeba":  # not downloaded: its attributes are not known
-        return None if config.data.attributes else CELEBA_TRAIN_IMAGES
+    if source.kind == "celeba" and config.data.attributes:  # not downloaded: how many have them is not known
+        return None
     return source.num_images("train") if "train" in source.members else None
 
 
@@ -128,7 +125,7 @@ def goes_on_from(run: RunDir) -> int:
 
 
 def _why_fixed(there: Config, asked: Config) -> str:
-    """Where it is the length alone that may not be another."""
+    """For a message: why the length may not change, if nothing else differs; else ""."""
     old, new = there.mathematics(), asked.mathematics()
     for tree in (old, new):
         for key in LENGTHS:
@@ -169,9 +166,10 @@ def is_at_work(run: RunDir, config: Config, site: Site) -> bool:
 
 
 def settle_code(run: RunDir, take: str | None, config: Config | None = None) -> None:
-    """Which code the run's jobs run: what it has, told where this checkout has another; this one, if it has none or
-    with `--code new`; with `--code DIGEST` what it had before. Raises RequestError where what it had is gone, does not
-    know all of `config` (None: the run's own), or jobs are at work by it.
+    """Decide which code the run's jobs run, and unpack it. That is the run's own, with a line if this checkout has
+    another; this checkout's, if the run has none or with `--code new`; with `--code DIGEST` what it had before. Raises
+    RequestError where what it had is gone or does not know all of `config` (None: the run's own), or where jobs are at
+    work by it.
 
     take: what --code asks for.
     """
@@ -347,12 +345,5 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
         if not config.model.num_classes:
             print(f"the model knows nothing of them: model.num_classes={len(labels['classes'])} does", flush=True)
     warn_of_batch(config, len(packed))
-    record = {
-        "cache": str(cache / "data"),
-        "key": key,
-        "digest": packed.digest,
-        "num_images": len(packed),
-        "scratch": site.scratch,
-        **held_out,
-    }
-    return {"data": record, "labels": labels}
+    record = {"cache": str(cache / "data"), "key": key, "digest": packed.digest, "num_images": len(packed)}
+    return {"data": {**record, "scratch": site.scratch, **held_out}, "labels": labels}

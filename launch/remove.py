@@ -18,8 +18,9 @@ from pathlib import Path
 
 from ddpm.errors import RequestError, RunBusy
 from ddpm.run.fence import Fence
-from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir, not_ours
+from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir
 from ddpm.run.log import amount, counted
+from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir, listed
 from launch.cluster import environment
 from launch.queue import borrowing, work
@@ -119,7 +120,7 @@ def tell(run: RunDir) -> tuple[int, int]:
 
 
 def remove(run: RunDir) -> None:
-    """Out of sight at once, then file by file. Raises RequestError where a job that nobody else tells of holds it."""
+    """Remove a run: its name at once, then file by file. Raises RequestError if a job that nobody knew of holds it."""
     if run.config.is_file() and not borrowing.reads(run):
         try:
             Fence(run, {"job": f"remove-{os.getpid()}", "restart": 0, "host": environment.host()}, wait_s=0).release()

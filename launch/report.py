@@ -14,8 +14,9 @@ import os
 from pathlib import Path
 
 from ddpm.errors import RequestError
-from ddpm.run.files import not_ours, write_bytes
+from ddpm.run.files import write_bytes
 from ddpm.run.log import amount
+from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir
 from launch.cluster import environment
 from launch.page import facts, page, side_by_side

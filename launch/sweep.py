@@ -85,7 +85,7 @@ def configs(
 
 
 def _values(words: list[str], overrides: list[str]) -> dict[str, list[str]]:
-    """What each key is to be, as it was typed."""
+    """Key -> its values, as they were typed."""
     found: dict[str, list[str]] = {}
     given = {override.partition("=")[0] for override in overrides}
     for word in words:
@@ -116,7 +116,7 @@ def _told(values: Mapping[str, Any]) -> str:
 
 @contextmanager
 def naming(of: Mapping[str, Any]) -> Iterator[None]:
-    """Within: what is wrong with the request is told of this point. of: what run.json says of the sweep, {} of none."""
+    """Within: a RequestError names this point. of: what run.json says of the sweep; {}: there is none."""
     try:
         yield
     except RequestError as e:
@@ -128,7 +128,7 @@ def naming(of: Mapping[str, Any]) -> Iterator[None]:
 
 @dataclass
 class Point:
-    """One that is to be queued, or started, and how far that has come."""
+    """A run that is to be queued, or started here, and how far that has come."""
 
     asked: Asked
     existed: bool
@@ -164,7 +164,7 @@ def submit(asked: list[Asked], site: Site, args: argparse.Namespace) -> int:
 def _queued(
     asked: list[Asked], exist: list[bool], site: Site, args: argparse.Namespace, known: set[str]
 ) -> list[Point]:
-    """What was left to do of them, queued or started. known: the jobs that they had before."""
+    """Queue or start the runs that are not done, and return them. known: the jobs that all had before."""
     points = [Point(one, existed, {}) for one, existed in _what_to_do(asked, exist, site)]
     packed: dict[str, dict[str, Any]] = {}
     for point in points:  # nothing is queued before all can be
@@ -183,7 +183,7 @@ def _queued(
 
 
 def _what_to_do(asked: list[Asked], exist: list[bool], site: Site) -> list[tuple[Asked, bool]]:
-    """Those that are neither done nor at work here, and whether they exist. Says of the others how they are."""
+    """The runs that are neither done nor at work here, and whether each exists. Prints how the others are."""
     todo = []
     for one, existed in zip(asked, exist, strict=True):
         with naming(one.sweep):
@@ -214,7 +214,8 @@ def at_work_here(root: Path) -> list[local.Place]:
 
 
 def _begin(points: list[Point], site: Site, args: argparse.Namespace) -> None:
-    """Every training, and then what follows: where the user may not have so many jobs, samples do not keep runs out."""
+    """Queue or start every training, and only then what follows: if the user may not have so many jobs, samples must
+    not keep a training out of the queue."""
     before = at_work_here(points[0].asked.run.path.parent) if site.is_local and points else []
     for point in points:
         one = point.asked
@@ -262,7 +263,7 @@ def _tell_what_they_wait_for(points: list[Point], known: set[str]) -> None:
 
 @contextmanager
 def _telling(points: list[Point]) -> Iterator[None]:
-    """Where not all come into the queue: which do, and what to do, after what the matter is."""
+    """Within: an error is followed by which runs are queued and which are not, and by the command that goes on."""
 
     def told() -> str:
         lacks = [p.name for p in points if p.begun is None]

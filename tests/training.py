@@ -26,6 +26,7 @@ from ddpm.run.fence import Fence
 from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
 from ddpm.training import ranks
+from ddpm.training.chronicle import Chronicle, MainChronicle
 from ddpm.training.trainer import Outcome, Trainer
 
 CPU = torch.device("cpu")
@@ -97,18 +98,14 @@ class Life:
         apply(resolved)
         owner = {"job": "1", "restart": restart, "host": "here"}
         self.fence = Fence(run, owner, wait_s=0) if world.is_main else None
-        self.trainer = Trainer(
-            config,
-            run,
-            world,
-            images or make_images(),
-            resolved,
-            fence=self.fence,
-            events=EventLog(run, "1", restart, "here") if world.is_main else None,
-            owner=owner,
-            start=start,
-            held_out=held_out,
-        )
+        images = images or make_images()
+        chronicle = Chronicle()
+        if self.fence is not None:
+            events = EventLog(run, "1", restart, "here")
+            chronicle = MainChronicle(
+                config, run, self.fence, events, owner=owner, world_size=world.world_size, num_images=len(images)
+            )
+        self.trainer = Trainer(config, run, world, images, resolved, chronicle, start=start, held_out=held_out)
         self._warm_up = warm_up
         before_resume(self.trainer)
 

@@ -17,10 +17,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ddpm.config.schema import Config
-from ddpm.data.sources import NUM_IMAGES as KNOWN
+from ddpm.data.sources import NUM_IMAGES
 from ddpm.run.log import counted
 from launch.cluster.environment import PROJECT
-from launch.prepare import CELEBA_TRAIN_IMAGES
 from launch.terminal import plan, recipes
 
 HEAD = """# Configs
@@ -44,8 +43,6 @@ make the config's digest. A run resumes only under the digest that it began with
 """
 NUMBERS = {int: "whole number", float: "number", str: "text", bool: "true, false", type(None): "null"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-NUM_IMAGES = {"cifar10": KNOWN["cifar10", "train"], "celeba": CELEBA_TRAIN_IMAGES}
-"""Training images, of what has a length in epochs."""
 
 
 # ---------------------------------------------------------------- keys
@@ -87,7 +84,7 @@ def _cell(text: str) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    """As YAML has it."""
+    """The field's default in YAML."""
     value = field.get_default(call_default_factory=True)
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
@@ -145,7 +142,7 @@ def recipe_table() -> str:
 
 def _recipe(path: Path) -> tuple[str, ...]:
     recipe = recipes.read(path)
-    config = recipe.config.resolve_length(NUM_IMAGES[recipe.config.data.name])
+    config = recipe.config.resolve_length(NUM_IMAGES[recipe.config.data.name, "train"])
     size, num = config.data.image_size, config.model.num_classes
     hours = plan.gpu_hours(config)
     by = "Ho et al. 2020" if "Ho, Jain, Abbeel" in recipes.header(path.read_text()) else "its project"

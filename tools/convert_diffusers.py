@@ -66,7 +66,7 @@ NETWORK = {
     "class_embed_type": (None, None),
     "num_class_embeds": (None, None),
 }
-"""Of a UNet2DModel: what a key that is left out means, and the value that ours have in common with."""
+"""Key of a UNet2DModel -> its value where it is left out, and the one value that our network can have too."""
 SHAPED = (
     *("sample_size", "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "add_attention"),
     *("attention_head_dim", "downsample_padding", "norm_num_groups"),

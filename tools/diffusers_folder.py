@@ -21,7 +21,7 @@ WEIGHTS = tuple(f"{STEM}{variant}{kind}" for variant in ("", ".fp16") for kind i
 INDICES = tuple(
     f"{STEM}{kind}{end}" for end in (".index.json", ".index.fp16.json", ".fp16.index.json") for kind in KINDS
 )
-"""Of weights in several files."""
+"""Names of the index of weights that are divided among several files."""
 
 
 class Folder(NamedTuple):
@@ -30,7 +30,7 @@ class Folder(NamedTuple):
     network: Path
     """The folder of config.json and the weights."""
     scheduler: Path | None
-    """Its scheduler_config.json."""
+    """The model's scheduler_config.json."""
 
 
 def find(source: Path) -> Folder:

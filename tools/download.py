@@ -16,11 +16,11 @@ from ddpm.errors import EnvironmentLacks
 from ddpm.run.files import fsync_dir, open_file
 
 TIMEOUT_S = 30
-"""Of each answer: a firewall may just drop the packets."""
+"""Longest wait for an answer: a firewall may just drop the packets."""
 
 
 def digest_of(source: BinaryIO, algorithm: str) -> str:
-    """Of all that is in a file."""
+    """The digest of the content of a file."""
     digest = hashlib.new(algorithm)
     while piece := source.read(1 << 20):
         digest.update(piece)

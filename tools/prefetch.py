@@ -43,7 +43,7 @@ class Known(NamedTuple):
     """A published file."""
 
     where: Path
-    """Its folder, within that of packed data."""
+    """The file's folder, within that of packed data."""
     algorithm: str
     digest: str
     """Or the beginning of it."""
@@ -51,7 +51,7 @@ class Known(NamedTuple):
 
 
 def known_files() -> dict[str, Known]:
-    """By their names, as they are published. Loads torch."""
+    """The files by the names under which they are published. Loads torch."""
     from torchvision.datasets import CIFAR10
 
     from ddpm.scoring import dinov2, extractors

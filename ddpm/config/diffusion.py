@@ -17,7 +17,7 @@ LEAST_ALPHA_BAR = 2.0**-126
 
 Variance = Literal["fixed_large", "fixed_small"]
 VARIANCES = get_args(Variance)
-"""Of the ancestral sampler's reverse steps."""
+"""Names of the variances of the ancestral sampler's reverse steps."""
 
 
 class Diffusion(Section):

@@ -186,7 +186,7 @@ def value_at(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def as_typed(value: Any) -> str:
-    """As one would type it after `key=`."""
+    """The value as one would type it after `key=`."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {as_typed(v)}' for key, v in value.items())}}}"
     if isinstance(value, list):

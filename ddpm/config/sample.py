@@ -21,7 +21,7 @@ class Kind(NamedTuple):
 
 
 SAMPLERS = {"ancestral": Kind(has_variance=True), "ddim": Kind(100, has_eta=True), "dpmpp_2m": Kind(20)}
-"""By sampler name; diffusion/samplers.py computes them."""
+"""Sampler -> its settings; diffusion/samplers.py computes its steps."""
 if TYPE_CHECKING:
     SamplerName = str
 else:
@@ -29,7 +29,7 @@ else:
 
 
 def kind_of(sampler: str) -> Kind:
-    """Of a sampler name, which need not be a known one."""
+    """The settings of a sampler, whose name need not be a known one."""
     return SAMPLERS.get(sampler, Kind())
 
 
@@ -44,7 +44,7 @@ def _zero(value: float) -> float:
 
 
 MOST_SAMPLES, MOST_SHARDS = 10**9, 10**6
-"""In a set."""
+"""Largest numbers of samples and of shards in a set."""
 
 
 class Sample(Section):

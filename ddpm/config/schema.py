@@ -29,7 +29,7 @@ from ddpm.run.paths import check_name
 UNLEARNED = ("micro_batch", "compile", "deterministic", "max_rollbacks", "early_stop_below", "early_stop_window")
 """Keys of `train` that change no step's mathematics: they are not in the digest."""
 OF_BITS = ("train.micro_batch", "train.compile", "train.deterministic")
-"""Of these, the keys that change its bits."""
+"""The keys among these that change the bits of a step."""
 FIRST = {
     "data": ("name", "image_size", "flip"),
     "model": (

@@ -16,7 +16,7 @@ CHOICES = {
 }
 
 MAX_CHANNELS = 1 << 20
-"""Of a level: its convolutions alone would take tens of terabytes."""
+"""Most channels of a level: with more, its convolutions alone would take tens of terabytes."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Structure:
 
     @property
     def num_parameters(self) -> int:
-        """Of the network, as network/unet.py builds it."""
+        """The number of parameters of the network, as network/unet.py builds it."""
         w0, emb, plain = self.base_channels, self.embedding, self.block == "plain"
 
         def conv(width_in: int, width_out: int, size: int = 3) -> int:

@@ -14,13 +14,13 @@ from ddpm.errors import RequestError, shown
 from ddpm.run.files import DamagedFile, open_file
 
 MAX_CHARS = 1 << 18
-"""Of a file or value; our largest config has 3,000."""
+"""Most characters of a file or value; our largest config has 3,000."""
 MAX_EXPANDED_CHARS = 1 << 20
-"""With every alias expanded: ten lines, each with ten aliases of the line before, would be 10^10 words."""
+"""The same with every alias expanded: ten lines, each with ten aliases of the line before, would be 10^10 words."""
 MAX_DEPTH = 20
-"""Of nesting; a config has five levels."""
+"""Deepest nesting; a config has five levels."""
 MAX_DIGITS = 40
-"""Of a whole number."""
+"""Most digits of a whole number."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,7 +12,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 MOST_THREADS = 4
-"""Of those CPUs that this process may use: a login node has other users, and what writes is one thread in any case."""
+"""However many CPUs this process may use: a login node has other users, and only one thread writes in any case."""
 
 
 def in_order(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

@@ -15,14 +15,12 @@ RESIDENT_SHARE = 8
 """A dataset lies on the GPU where it takes less than this part of its free memory: CIFAR-10's 150 MB do."""
 PIECE_IMAGES = 1024
 """Number of images that are brought there at a time."""
-
-
 Parts = tuple[torch.Tensor, ...]
-"""What a batch costs to send to its device; a slice of each makes a slice of the batch."""
+"""What is sent to the device for a batch: indices, or images and labels. A slice of each is a slice of the batch."""
 
 
 class Resident:
-    """A dataset on the device itself: a batch costs the host its indices."""
+    """A dataset that lies on the device: for a batch only indices are sent."""
 
     def __init__(self, packed: PackedImages, device: torch.device) -> None:
         images = packed.images
@@ -79,7 +77,7 @@ class Batches:
         self._order = rng.key(seed, "order", attempt)
         self._flip = rng.key(seed, "flip", attempt)
         self._permutations: dict[int, np.ndarray] = {}
-        self._store = functools.cache(functools.partial(store, packed))  # by device
+        self._store = functools.cache(functools.partial(store, packed))  # one store for each device
 
     def sample_ids(self, step: int, first: int, num: int) -> np.ndarray:
         """Dataset indices, int64 (num,), of rows first … first+num-1 of step `step`'s global batch."""
@@ -94,7 +92,7 @@ class Batches:
 
     def parts(self, step: int, first: int, num: int, device: torch.device) -> Parts:
         """What `images` needs of rows first … first+num-1 of step `step`, on the host."""
-        device = torch.empty(0, device=device).device  # with its number, if none was given: to have one store
+        device = torch.empty(0, device=device).device  # with its number, so that `cuda` and `cuda:0` have one store
         return self._store(device).parts(self.sample_ids(step, first, num))
 
     def images(self, parts: Parts, step: Step, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +101,7 @@ class Batches:
         index: int64 (n,), the rows' places in the global batch.
         """
         raw, labels = self._store(index.device).take(parts)
-        planes = _planes(raw, rng.coin(self._flip, index, step) if self.flip else None)  # while they are bytes
+        planes = _planes(raw, rng.coin(self._flip, index, step) if self.flip else None)  # still bytes: cheap to flip
         return planes.float().div_(127.5).sub_(1), labels
 
     def rows(self, step: int, first: int, num: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,14 +125,15 @@ def _planes(images: torch.Tensor, flips: torch.Tensor | None) -> torch.Tensor:
 
 
 class Ring:
-    """Pinned memory that a GPU copies from, in turns: three of them, as no more than two steps are under way."""
+    """Three pinned buffers that a GPU copies from by turns: no more than two steps are under way at a time."""
 
     def __init__(self) -> None:
         self._slots: list[tuple[Parts, torch.cuda.Event]] = []
         self._next = 0
 
     def pinned(self, parts: Parts) -> Parts:
-        """A copy of parts, of the same shapes at each call; waits for the use of what the third call before gave."""
+        """A copy of `parts`, which have the same shapes at each call. The third call after this one overwrites it, once
+        the GPU has copied it."""
         if len(self._slots) < 3:
             self._slots.append((tuple(part.pin_memory() for part in parts), torch.cuda.Event()))
             self._next = len(self._slots)
@@ -147,10 +146,10 @@ class Ring:
         return slot
 
     def used(self) -> None:
-        """What the last call gave is on its way."""
+        """Called when the copy of what `pinned` gave last has been queued."""
         self._slots[(self._next - 1) % 3][1].record()
 
 
 def sent(parts: Parts, device: torch.device) -> Parts:
-    """On their way to the device; nothing waits for them."""
+    """`parts` on the device; nothing waits for the copy."""
     return tuple(part.to(device, non_blocking=True) for part in parts)

@@ -13,7 +13,7 @@ from ddpm.data.listing import BOUNDED
 from ddpm.run import files
 
 MOST_HEADER_BYTES = 64 << 10
-"""Of an .npy header that is read: numpy itself parses no more than 10,000."""
+"""Largest header of an .npy that is read: numpy itself parses no more than 10,000 bytes."""
 MOST_UNPACKED_BYTES, MOST_TIMES = 64 << 20, 100
 """An .npz that unpacks to more than both, the latter times its own size, is made to fill a memory."""
 

@@ -29,7 +29,7 @@ PARTITION = "list_eval_partition.txt"
 """Each may be Kaggle's .csv: a line of headings, then commas."""
 SPLITS = {"0": "train", "1": "valid", "2": "test"}
 MOST_LIST_BYTES = 256 << 20
-"""Of a list; the real one has 27 MB."""
+"""Largest list that is read; the real one has 27 MB."""
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 
 

@@ -57,7 +57,7 @@ class Decoding:
         picture, and ValueError for one that has no single meaning (several pages, floating-point pixels)."""
         from PIL import Image
 
-        Image.MAX_IMAGE_PIXELS = None  # ours is below, and larger
+        Image.MAX_IMAGE_PIXELS = None  # our own limit follows, and is larger
         with Image.open(io.BytesIO(raw)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}")
@@ -77,7 +77,7 @@ class Decoding:
     def _rgb(self, image: Any) -> Any:
         from PIL import Image
 
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's, which holds its preview too
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a camera's, with a preview in it
             raise ValueError(f"it has {image.n_frames} frames or pages; keep one of them as a file of its own")
         tags, bits = getattr(image, "tag_v2", {}), _bits(image)
         is_signed = 2 in np.ravel(tags.get(SAMPLE_FORMAT, 1))

@@ -32,7 +32,7 @@ TOLD = 40
 
 def labels_digest(labels: np.ndarray, classes: Sequence[str]) -> str:
     """sha256 over the label of every image, and over the names of the classes in their order."""
-    import numpy as np  # not where scripts begin
+    import numpy as np  # here, so that scripts start without it
 
     indices = hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
     return sha256_json({"classes": list(classes), "labels": indices})

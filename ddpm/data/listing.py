@@ -19,11 +19,9 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".p
 NOT_TAKEN = {".gif", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".jxl", ".svg", ".tga"}
 """Kinds of pictures that are not read; their number is logged."""
 MAX_IMAGE_BYTES = 256 << 20
-"""Of one image's file: ten megabytes of a zip can unpack to ten gigabytes of zeros."""
+"""Largest file of one image: ten megabytes of a zip can unpack to ten gigabytes of zeros."""
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Compression methods that zipfile unpacks in bounded pieces; with others a kilobyte may become a gigabyte at once."""
-
-
 _listed: ContextVar[dict[str, Any] | None] = ContextVar("listed", default=None)
 
 
@@ -65,7 +63,7 @@ def folder_names(path: Path) -> Iterator[str]:
     while todo:
         prefix, folder = todo.pop()
         try:
-            with os.scandir(folder) as entries:  # tells kinds with the names: a million files are not asked one by one
+            with os.scandir(folder) as entries:  # with kinds: a million files need not be asked one by one
                 found = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             refuse(error)
@@ -125,7 +123,7 @@ def _as_meant(file: zipfile.ZipInfo) -> str:
 
 
 def suffix(name: str) -> str:
-    """As pathlib's, which takes ten times as long, in small letters."""
+    """The suffix of a name in small letters, with its dot; pathlib takes ten times as long to find it."""
     stem, dot, end = name.rpartition("/")[2].rpartition(".")
     return f"{dot}{end}".lower() if stem and end else ""
 

@@ -107,6 +107,7 @@ def _alike(cache: Path, key: str, data: Data, source: Source, split: str) -> boo
 
 
 def _key(data: Data, source: Source, split: str, fingerprint: Any) -> str:
+    """A digest of all that the packed pixels and labels follow from."""
     record = {
         "version": PACK_VERSION,
         "kind": source.kind,
@@ -117,7 +118,7 @@ def _key(data: Data, source: Source, split: str, fingerprint: Any) -> str:
     }
     if source.selection is not None:
         record["selection"] = source.selection
-    if source.path is not None and source.kind in ("zip", "folder"):  # the others have pixels, and no pictures
+    if source.path is not None and source.kind in ("zip", "folder"):  # others have nothing to decode
         record |= {"background": data.background} if data.background != "white" else {}
         record |= {"skip_damaged": True} if data.skip_damaged else {}
     return sha256_json(record)[:32]

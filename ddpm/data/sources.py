@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import http.client
 import os
 import re
 import threading
@@ -23,9 +22,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from ddpm.data import ahead, array_file, dataset_json, layout, listing
+from ddpm.data import ahead, array_file, dataset_json, layout, library, listing
 from ddpm.data.array_file import ArrayFile
-from ddpm.data.decoding import Decoding, load_formats, to_square
+from ddpm.data.decoding import Decoding, load_formats
 from ddpm.data.listing import IMAGE_SUFFIXES, NOT_TAKEN, folder_names, readable, suffix, zip_names
 from ddpm.data.whole import digest_once
 from ddpm.errors import EnvironmentLacks, RequestError
@@ -33,14 +32,20 @@ from ddpm.run.files import PASSING, canonical_json, open_file, read_bytes
 from ddpm.run.log import counted
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-NUM_IMAGES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1797}
+NUM_IMAGES = {
+    ("cifar10", "train"): 50_000,
+    ("cifar10", "test"): 10_000,
+    ("celeba", "train"): 162_770,
+    ("digits", "train"): 1797,
+}
+"""(kind, split) -> images, where none are listed: of what a library reads, and of CelebA before it is downloaded."""
 RESIZE = {"crop": "centre square", "filter": "lanczos"}
 """What `to_square` does: part of every cache key, and kept in meta.json."""
 PIECE_BYTES = 1 << 16
 PART_IMAGES = 4
 """Number of images that a thread decodes at a time."""
 SMALL_BYTES = 4096
-"""Of files that are smaller on average most of the work is Python's own: several threads would take longer than one."""
+"""Average size of files below which threads do not pay: most of the work is Python's own then."""
 BACKSLASH = "\\"
 HIDDEN = re.compile(r"(?:^|/)(?:\.(?!/|$)|__MACOSX)")
 """A name of which a part begins so is left out."""
@@ -59,7 +64,7 @@ class Source:
     kind: str  # folder | zip | array | cifar10 | digits | celeba (not downloaded yet)
     path: Path | None
     members: dict[str, list[str]]
-    """split -> names relative to `path`, sorted; no names where a library reads the images (NUM_IMAGES)."""
+    """split -> names relative to `path`, sorted; none where NUM_IMAGES says how many there are."""
     classes: list[str]
     labels: dict[str, int] = field(default_factory=dict)
     """name -> index into `classes`; -1 for a class that has no training image."""
@@ -83,7 +88,7 @@ class Source:
     def _taken(self, tell: Callable[[str], None]) -> Any:
         if self.array is not None:
             return self.array.fingerprint(tell)
-        if self.path is not None and self.path.is_file():  # of whatever kind
+        if self.path is not None and self.path.is_file():  # a zip, or any other file
             return digest_once(self.path, tell)
         if self.kind == "folder" and self.path is not None:
             digest, begins = hashlib.sha256(), b"["  # as sha256_json of the list, which a million files make long
@@ -182,7 +187,8 @@ def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
         members.setdefault(split, []).append(n)
         class_of[n] = theirs[meant[n]] if theirs else below[0] if below else ""
         nested |= len(below) > 1
-    classes = sorted({class_of[n] for n in members.get("train", images)}, key=_by_number if theirs else None)
+    by_number = (lambda name: int(name or 0)) if theirs else None
+    classes = sorted({class_of[n] for n in members.get("train", images)}, key=by_number)
     label_of = {name: label for label, name in enumerate(classes)}
     if nested and not theirs:
         selection["class"] = "outermost folder"
@@ -198,10 +204,6 @@ def _from_names(kind: str, path: Path, meant: Mapping[str, str]) -> Source:
         selection["names"] = "UTF-8"
     labels = {n: label_of.get(name, -1) for n, name in class_of.items()}
     return Source(kind, path, members, classes, labels, selection or None, not_taken)
-
-
-def _by_number(name: str) -> int:
-    return int(name or 0)
 
 
 def _said_beside(
@@ -242,15 +244,16 @@ def read(
     Raises RequestError naming all images that cannot be decoded, EnvironmentLacks (no download, no scikit-learn).
     """
     if source.kind == "digits":
-        return _read_digits(size)
+        return library.read_digits(size)
     if source.kind == "cifar10":
-        return _read_cifar10(source.path or downloads / "cifar10", split, size)
+        return library.read_cifar10(source.path or downloads / "cifar10", split, size)
     if source.array is not None:
         return _read_array(source.array, source, size, how or Decoding())
     return _decode(source, split, size, how)
 
 
 def _decode(source: Source, split: str, size: int | None, asked: Decoding | None) -> Iterator[tuple[np.ndarray, int]]:
+    """`read` for a folder or a zip: by threads, in order, where the files are not too small for that to pay."""
     assert source.path is not None
     how, path, names = asked or Decoding(), source.path, source.members[split]
     archive = zipfile.ZipFile(path) if source.kind == "zip" else None
@@ -270,7 +273,7 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
 
     try:
         some, small = names[:: len(names) // 16 + 1], len(names) <= PART_IMAGES
-        with contextlib.suppress(OSError, KeyError):  # which is told where it is read
+        with contextlib.suppress(OSError, KeyError):  # reading it will tell
             small = small or sum(map(num_bytes, some)) < SMALL_BYTES * len(some)
         if not small:
             load_formats()
@@ -289,7 +292,7 @@ def _decode(source: Source, split: str, size: int | None, asked: Decoding | None
 def _pictures(
     source: Source, names: Iterable[str], raw: Callable[[str], bytes], size: int | None, how: Decoding
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Those that can be decoded. raw: the content of the file of that name."""
+    """The pixels and labels of those that can be decoded. raw: the content of the file of that name."""
     for name in names:
         try:
             content = raw(name)
@@ -353,33 +356,3 @@ def _all_of(file: IO[bytes]) -> bytes:
     if not raw:
         raise ValueError("the file is empty")
     return bytes(raw)
-
-
-def _read_digits(size: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels, as RGB."""
-    from PIL import Image
-
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise EnvironmentLacks("data.name=digits needs scikit-learn: pip install 'ddpm-hpc[digits]'") from None
-    bunch = load_digits()
-    for image, label in zip(bunch.images, bunch.target, strict=True):
-        yield to_square(Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)), size), int(label)
-
-
-def _read_cifar10(root: Path, split: str, size: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """The original CIFAR-10 (Krizhevsky 2009), downloaded and MD5-checked by torchvision."""
-    from PIL import Image
-    from torchvision.datasets import CIFAR10
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        dataset = CIFAR10(str(root), train=split == "train", download=True)
-    except (OSError, RuntimeError, http.client.HTTPException) as e:
-        raise EnvironmentLacks(
-            f"CIFAR-10 could not be had from {CIFAR10.url} ({e}); on a machine with a network put {CIFAR10.filename} "
-            f"into {root}, or give another copy: data.path=FOLDER_OR_ZIP_OF_IMAGES"
-        ) from None
-    for image, label in zip(dataset.data, dataset.targets, strict=True):
-        yield to_square(Image.fromarray(image), size), int(label)

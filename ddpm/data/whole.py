@@ -43,7 +43,7 @@ from ddpm.run.stopping import StopRequested
 
 CHUNK_BYTES = 16 << 20
 TOLD_BYTES = 1 << 30
-"""From this size on it is told that a file is read, which takes seconds or minutes."""
+"""From this size on a line says that a file is read, since that takes seconds or minutes."""
 SHA256 = re.compile("[0-9a-f]{64}")
 Tell = Callable[[str], None]
 
@@ -82,13 +82,13 @@ class Watch:
 
     def __init__(self, packed: PackedImages) -> None:
         self._packed = packed
-        name = getattr(packed.images, "filename", None)  # of a map; else they are in memory
+        name = getattr(packed.images, "filename", None)  # a memory map has one; arrays in memory have none
         self._path = Path(name) if name else None
         self._seen = self._now()
 
     def damage(self) -> str:
-        """That the mapped pixels were overwritten, for a message, or "". They are only read again if the file's inode,
-        size or times have changed; a network file system may show that a minute late."""
+        """For a message: that the mapped pixels were overwritten; "" if not. They are only read again if the file's
+        inode, size or times have changed; a network file system may show that a minute late."""
         if (now := self._now()) != self._seen:
             if images_digest(self._packed.images) != self._packed.digest:
                 return f"{self._path}: overwritten while it was mapped"
@@ -233,7 +233,7 @@ def _mark(stat: os.stat_result, expected: str) -> Path | None:
     """The mark of a file of which `expected` is known; None if this machine has no place for marks: then it is always
     read."""
     try:
-        places = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"  # none where all are full
+        places = Path(tempfile.gettempdir()) / f"ddpm-hpc-{os.getuid()}"  # raises where all such folders are full
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         places.mkdir(mode=0o700, exist_ok=True)
         if places.lstat().st_uid != os.getuid():

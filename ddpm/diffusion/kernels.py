@@ -123,7 +123,7 @@ _MOST = 65_535
 
 
 def parts(num_rows: int) -> list[slice]:
-    """The rows of each launch that has a program for every row along its grid's second axis."""
+    """The rows of each launch: a grid has at most _MOST programs along its second axis, one for each row."""
     return [slice(begin, begin + _MOST) for begin in range(0, num_rows, _MOST)]
 
 
@@ -134,7 +134,7 @@ def of_part(rows: Tensor, part: slice, axis: int = 0) -> Tensor:
 
 
 def normal(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
-    """Fills out, float32 (n, elements) and contiguous; index: int64 (n,)."""
+    """As in tensor_draws.py; out: contiguous."""
     num_rows, num_elements = out.shape
     if not num_rows or not num_elements:
         return
@@ -148,7 +148,7 @@ def normal(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
 
 
 def keep_mask(out: Tensor, places: Tensor, first_counter: int, bound: int) -> None:
-    """Fills out, bool (n, elements) and contiguous; places: int64 (5, n) as of rng.places."""
+    """As in tensor_draws.py; out: contiguous."""
     num_rows, num = out.shape
     if not num_rows:
         return
@@ -160,7 +160,7 @@ def keep_mask(out: Tensor, places: Tensor, first_counter: int, bound: int) -> No
 
 
 def first_word(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
-    """Fills out, int64 (n,), with the first word of each row's counter of element 0; index: int64 (n,)."""
+    """As in tensor_draws.py."""
     if not len(out):
         return
     grid = (triton.cdiv(len(out), _BLOCK),)

@@ -18,7 +18,7 @@ Step = int | Tensor
 """The step of a run: an int in [0, 2**48), or an int64 () tensor on the device of the draws, which is not checked."""
 StepT = TypeVar("StepT", int, Tensor, Step)
 WORD = 0xFFFFFFFF
-LIMIT_BITS = 48  # of step and of index: a counter word each, and half of the fourth word for what lies above it
+LIMIT_BITS = 48  # of step and index: the low 32 bits have a counter word each, the high 16 share the fourth
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -70,7 +70,11 @@ def philox4x32(counter: Words, key: Key | tuple[Values, Values]) -> Words:
 
 
 def counter(element: Values, index: Values, step: Step) -> Words:
-    """(element, low words of index and step, their high halves side by side): nothing wraps."""
+    """(element, low words of index and step, their high halves side by side): nothing wraps.
+
+    element: in [0, 2**32); index: int64 (n,) or what broadcasts with element, in [0, 2**48); step: as `Step` says, an
+    int outside [0, 2**48) raises ValueError. Returns four words that broadcast to one shape.
+    """
     if isinstance(step, Tensor):
         low_step = (step & WORD).expand_as(index[:1])
     else:  # from the index, not by torch.tensor: no copy from the host, so nothing waits for the device
@@ -79,11 +83,12 @@ def counter(element: Values, index: Values, step: Step) -> Words:
 
 
 def words(key: Key, index: Values, step: Step) -> Words:
-    """The four words of element 0 of each row."""
+    """The four words of element 0 of each row: each int64 (n,), in [0, 2**32). index: int64 (n,)."""
     return philox4x32(counter(index * 0, index, step), key)
 
 
 def checked_step(step: StepT) -> StepT:
+    """The step itself. ValueError for an int outside [0, 2**48); a tensor is not read."""
     if isinstance(step, int) and not 0 <= step < 1 << LIMIT_BITS:
         raise ValueError(f"step is {step}; it must lie in [0, 2**{LIMIT_BITS})")
     return step

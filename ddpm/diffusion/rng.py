@@ -24,7 +24,7 @@ __all__ = [
     "permutation", "places", "uniform_int",
 ]  # fmt: skip
 
-_LAYER_BITS, _PLACE_BITS = 8, 24  # of the first counter word, in masks: layer and place within it
+_LAYER_BITS, _PLACE_BITS = 8, 24  # of the first counter word of a mask: its layer, and the place within that
 
 
 def normal(key: Key, index: Tensor, step: Step, shape: Sequence[int]) -> Tensor:
@@ -58,7 +58,7 @@ def uniform_int(key: Key, index: Tensor, step: Step, high: int) -> Tensor:
 
 
 def bernoulli(key: Key, index: Tensor, step: Step, probability: float) -> Tensor:
-    """True with `probability`, to a precision of 2**-24: bool (n,); index and step as in `normal`."""
+    """True with `probability`, to a precision of 2**-24: bool (n,) on index.device; index and step as in `normal`."""
     return uniform_int(key, index, step, 1 << 24) < round(probability * (1 << 24))
 
 
@@ -100,7 +100,7 @@ def mask_counters(layer: int, num: int, probability: float) -> tuple[int, int]:
 
 
 def keep_share(probability: float) -> float:
-    """The exact probability with which `keep_mask` keeps an element."""
+    """The exact probability with which `keep_mask` keeps an element: a multiple of 2**-16."""
     return 1.0 - _dropped_of_65536(probability) / (1 << 16)
 
 
@@ -130,7 +130,7 @@ def _draws_on(device: torch.device) -> ModuleType:
         if all(map(torch.equal, _some_draws(kernels, index), _some_draws(tensor_draws, index))):
             return kernels
         why = "they give other bits"
-    except Exception as e:  # of Triton, which may be missing, of the compiler that it calls, or of a driver
+    except Exception as e:  # from Triton, which may be missing, from the compiler that it calls, or from a driver
         why = f"{type(e).__name__}: {e}"
     warnings.warn(f"draws on {device} take hundreds of operations instead of one kernel each: {why}", stacklevel=2)
     return tensor_draws

@@ -40,6 +40,8 @@ class SamplerStep(NamedTuple):
 
 
 class SampleResult(NamedTuple):
+    """What `sample` returns."""
+
     x_0: Tensor
     """(B, C, H, W) like x_T, in [-1, 1] if clipped."""
     nfe: int
@@ -50,7 +52,7 @@ class Coefficients(NamedTuple):
     """The factors of which a sampler makes x_t-1: float64 (S,), in the order of the timesteps; None for zeros."""
 
     schedule: Schedule
-    """Of the S timesteps that the sampler visits, from the last to the first."""
+    """The schedule of the S timesteps that the sampler visits, from the last to the first."""
     x_0: Tensor
     x_t: Tensor
     last_x_0: Tensor | None = None
@@ -161,7 +163,7 @@ def sample(
         if clip_x_0:
             x_0.clamp_(-1.0, 1.0)
         started_from = x_t
-        if i > 0:  # after the last step x_0 is the sample: weight 1, nothing of the others
+        if i > 0:  # after the last step x_0 is the sample itself
             x_t = (x_0 * a[i]).add_(x_t, alpha=b[i])
             if c[i] != 0.0:
                 x_t.add_(last_x_0, alpha=c[i])

@@ -102,12 +102,15 @@ class Schedule:
 
 
 def build(diffusion: Diffusion) -> Schedule:
-    """The schedule that a config's `diffusion` section names."""
+    """The schedule of T = diffusion.timesteps that a config's `diffusion` section names. ValueError as `from_beta`."""
     return SCHEDULES[diffusion.schedule](diffusion)
 
 
 def linear(timesteps: int, beta_start: float, beta_end: float) -> Schedule:
-    """beta rises linearly (Ho et al. 2020, section 4); both ends are given for T = 1000 and scaled by 1000 / T."""
+    """beta rises linearly (Ho et al. 2020, section 4); both ends are given for T = 1000 and scaled by 1000 / T.
+
+    timesteps: T, at least 1. Raises ValueError if a beta leaves (0, 1), as all schedules here.
+    """
     fraction = torch.arange(timesteps, dtype=torch.float64) / max(timesteps - 1, 1)
     return Schedule.from_beta(1000.0 / timesteps * (beta_start + (beta_end - beta_start) * fraction))
 

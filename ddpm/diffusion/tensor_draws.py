@@ -23,7 +23,7 @@ from ddpm.diffusion.philox import Key, Step, counter, philox4x32, words
 # counters worked on at once: on a CPU the temporaries should stay in the cache (measured)
 CHUNK_CPU = 1 << 15
 CHUNK_THREADS = 1 << 17  # where torch shares them between threads
-CHUNK_DEVICE = 1 << 22  # this only bounds their memory
+CHUNK_DEVICE = 1 << 22  # on a GPU this only bounds the memory of the temporaries
 FEW_THREADS = 3
 """With up to this many threads torch is no faster than NumPy with one."""
 
@@ -57,7 +57,10 @@ def normal(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
 
 
 def keep_mask(out: Tensor, places: Tensor, first_counter: int, bound: int) -> None:
-    """Fills out, bool (n, elements): which 16-bit numbers are not below `bound`, read as signed; places: rng.places."""
+    """Fills out, bool (n, elements): which 16-bit numbers, read as signed, are not below `bound`.
+
+    places: int64 (5, n) of rng.places; first_counter, bound: of rng.mask_counters.
+    """
     num_rows, num = out.shape
     num_counters = -(-num // 8)
     whole = out if num % 8 == 0 else out.new_empty((num_rows, num_counters * 8))
@@ -74,7 +77,7 @@ def keep_mask(out: Tensor, places: Tensor, first_counter: int, bound: int) -> No
 
 
 def first_word(out: Tensor, index: Tensor, key: Key, step: Step) -> None:
-    """Fills out, int64 (n,), with the first word of each row's counter of element 0."""
+    """Fills out, int64 (n,), with the first word of each row's counter of element 0; index: int64 (n,)."""
     xp, _ = _how(len(index), 1, index.device)
     into, rows = _as(xp, out, index)
     into[:] = words(key, rows, _number(xp, step))[0]
@@ -110,7 +113,8 @@ def _chunks(num_rows: int, num_counters: int, limit: int) -> Iterator[slice]:
 def box_muller(word_r: Any, word_theta: Any, out_cos: Any, out_sin: Any, xp: Any = torch) -> None:
     """Two words to two independent normals: +-r cos(theta), +-r sin(theta), r = sqrt(-2 log u), |theta| <= pi / 2.
 
-    u is the magnitude and the sign is the sign of the odd signed integer word_r | 1, whose values are symmetric.
+    u is the magnitude and the sign is the sign of the odd signed integer word_r | 1, whose values are symmetric. Words:
+    int64 in [0, 2**32), of one shape; out_cos, out_sin: float32, which are filled. Box and Muller 1958.
     """
     signed_u = _cast(_cast(word_r, xp.int32) | 1, xp.float32)
     signed_u *= 2.0**-31

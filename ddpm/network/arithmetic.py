@@ -37,7 +37,7 @@ OTHERS = r"\bMIG\b|\b(?:RTX 3090 Ti|RTX 4090 (?:D|Laptop))\b"
 
 
 def inputs(config: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """One image, its t and its label, on the meta device."""
+    """x_t (1, C, H, W), t (1,) and labels (1,), or None without classes, on the meta device."""
     label = torch.zeros(1, dtype=torch.int64, device=META) if config.model.num_classes else None
     x_t = torch.zeros(1, config.network.in_channels, config.data.image_size, config.data.image_size, device=META)
     return x_t, torch.zeros(1, dtype=torch.int64, device=META), label

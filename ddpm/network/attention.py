@@ -22,7 +22,11 @@ _WIDE = "dtype" in torch.ops.aten.bmm.overloads()
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
-    """(B, 3 * width, H, W), channels last, of queries, keys and values, head by head -> (B, width, H, W), the same."""
+    """softmax(q k / sqrt(channels of a head)) v over the H W positions (Vaswani et al. 2017, equation 1).
+
+    qkv: (B, 3 * width, H, W), channels last: queries, keys and values, each head by head. Returns (B, width, H, W),
+    channels last, of the same type.
+    """
     if qkv.requires_grad and serves(qkv.shape, heads):
         found: Tensor = Attention.apply(qkv, heads)
         return found
@@ -48,6 +52,8 @@ def serves(shape: torch.Size, heads: int) -> bool:
 
 
 class Attention(torch.autograd.Function):
+    """`attention` by products of matrices, with its gradient."""
+
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
         from ddpm.network import softmax
@@ -95,7 +101,7 @@ def _products(out: Tensor, a: Tensor, b: Tensor) -> None:
 def _wide(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, (heads, B, …, …), not rounded from float32."""
     out = a.new_empty(*a.shape[:-1], b.shape[-1], dtype=torch.float32)
-    if a.dtype == out.dtype or not a.is_cuda:  # where bmm has no out_dtype
+    if a.dtype == out.dtype or not a.is_cuda:  # bmm has no out_dtype there
         _products(out, a.float(), b.float())
         return out
     for to, one, other in zip(out.unbind(), a.unbind(), b.unbind(), strict=True):

@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + h
 
     def by_own_kernels(self, x: Tensor, shift: Tensor, places: Tensor | None) -> Tensor:
-        """`forward` by fused.py's kernels; shift: (B, width_out), this block's of `shifts`."""
+        """`forward` by fused.py's kernels. shift: (B, width_out), what `shifts` has computed for this block."""
         h, x = fused.norm_act(x, self.norm_1, silu=True)
         h = F.conv2d(h, self.conv_1.weight, padding=1)
         h, _ = fused.norm_act(h, self.norm_2, silu=True, shift=shift, dropout=self.dropout, places=places)
@@ -154,7 +154,7 @@ def upsample(kind: str, width: int) -> nn.Module:
 
 
 def group_norm(width: int, groups: int | None) -> nn.GroupNorm:
-    """GroupNorm with the epsilon of Ho et al.'s code.
+    """GroupNorm (Wu & He 2018) of `width` channels, with the epsilon of Ho et al.'s code.
 
     groups None: 32 as in the paper, or the largest divisor of 32 that divides the channels; never one group for each
     channel, which would remove what t and class have added to it.

@@ -11,8 +11,8 @@ from ddpm.network.unet import UNet
 
 
 def build_model(config: Config, device: torch.device, precision: str) -> UNet:
-    """The configured network on `device`, in the memory layout that is fastest for `precision` (fp32, bf16, fp16, off).
-    Its initial weights are a function of the config's seed."""
+    """The configured network on `device`, in training mode, in the memory layout that is fastest for `precision` (fp32,
+    bf16, fp16, off). Its initial weights, float32, are a function of the config's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = UNet(fused_attention=device.type == "cuda", **asdict(config.network))

@@ -50,7 +50,13 @@ class Resolved:
     """What computes the layers between convolutions, and the update: own: this project's kernels; torch: torch's, as in
     old runs."""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether something is compiled: the network, or kernels for it."""
+        return self.compile or self.kernels == "own"
+
     def as_dict(self) -> dict[str, Any]:
+        """`resolved` of run.json; keys that old runs lack are left out where they mean what those did."""
         return {k: v for k, v in asdict(self).items() if (k, v) not in (("micro_batch", None), ("kernels", "torch"))}
 
 
@@ -63,9 +69,9 @@ def resolve(config: Config, device: torch.device, threads: int, kept: dict[str, 
     train, kept = config.train, kept or {}
     bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     amp = ("bf16" if bf16 else "fp16") if gpu else "off"
-    compiled = train.compile is True  # perhaps asked for by a later life alone
+    compiled = train.compile is True  # which a later life may be the first to ask for
     own = not compiled and (kept.get("kernels") == "own" if kept else gpu and _own_kernels(config, device))
-    free = own or not gpu  # nearly so on a GPU
+    free = own or not gpu  # on a GPU it costs 2 %
     resolved = Resolved(
         amp=kept.get("amp", amp) if train.amp == "auto" else train.amp,
         compile=_compiles(device, own, kept) if train.compile == "auto" else train.compile,
@@ -128,14 +134,14 @@ def _compiles(device: torch.device, own: bool, kept: dict[str, Any]) -> bool:
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
         return True
-    except Exception as e:  # of all that it calls
+    except Exception as e:  # from anything that torch.compile calls
         why = f"{type(e).__name__}: {e}".partition("\n")[0]
         warnings.warn(f"nothing can be compiled for {device}, so that layers are not: {why}", stacklevel=3)
         return False
 
 
 def apply(resolved: Resolved) -> None:
-    """Set this process's global switches."""
+    """Set torch's global switches for this process: threads, TF32, deterministic algorithms."""
     torch.set_num_threads(resolved.threads)
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.backends.cudnn.allow_tf32 = True

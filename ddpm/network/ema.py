@@ -36,7 +36,7 @@ class EMA:
         self.decay, self.warmup = decay, warmup
         self.start_step, self.every_steps = start_step, every_steps
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
-        self._of: nn.Module | None = None  # whose parameters `_given` has
+        self._of: nn.Module | None = None  # the model whose parameters are in `_given`
 
     def decay_at(self, step: int) -> float | None:
         """The share of the average kept at the end of step `step`, which counts from 1; None: no update there."""

@@ -18,22 +18,21 @@ from ddpm.network import attention
 from ddpm.network.dropout import Dropout
 
 _WORD = 8
-"""Channels of sixteen bits that are read at a time."""
+"""Channels of 16 bits that a GPU reads at a time: 16 bytes."""
 
 
 @functools.cache
 def work_on(device: torch.device) -> bool:
-    """Whether the kernels were seen to work on this GPU; with a warning where nothing can be built for it, or what is
-    built computes something else."""
+    """Whether the kernels work on this device: on a GPU they are tried once, and a warning says why they do not."""
     if device.type != "cuda":
         return False
     try:
-        with torch.cuda.device(device):  # torch tells of the current one
+        with torch.cuda.device(device):  # the next call asks about the current device
             dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         check(device, dtype)
         attention.check(device, dtype)
         return True
-    except Exception as e:  # of Triton, which may be missing, of the compiler that it calls, or of a driver
+    except Exception as e:  # from Triton, which may be missing, from the compiler that it calls, or from a driver
         warnings.warn(f"layers on {device} take torch's kernels: {type(e).__name__}: {e}", stacklevel=2)
     return False
 
@@ -65,7 +64,7 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def serve(model: nn.Module, device: torch.device) -> bool:
-    """Whether there are kernels for all of the model's layers that ask for some."""
+    """Whether these kernels work on the device, and can compute all layers of `model` for which they are meant."""
     if not all(getattr(m, "has_kernels", True) for m in model.modules()) or not work_on(device):
         return False
     from ddpm.network.norm_kernels import Division
@@ -79,7 +78,7 @@ def serve(model: nn.Module, device: torch.device) -> bool:
 
 
 def choose(model: nn.Module, own: bool) -> None:
-    """Have these kernels compute the layers of `model` that can be computed by them, or torch's."""
+    """Choose what computes the layers of `model` for which these kernels are meant: they (`own`), or torch."""
     for module in model.modules():
         if hasattr(module, "own_kernels"):
             cast(Any, module).own_kernels = own
@@ -89,9 +88,10 @@ def norm_act(
     x: Tensor, norm: nn.GroupNorm, *, silu: bool, shift: Tensor | None = None, dropout: Dropout | None = None,
     places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dropout(silu(norm(x + shift))), and x for what else is done with it: then one kernel adds up its gradient.
+    """(dropout(silu(norm(x + shift))), x). What else is to be done with x is done with the x that is returned: then one
+    kernel adds up both gradients of it.
 
-    x: (B, C, H, W), channels last; shift: (B, C). The types are x's. places: as of Dropout.
+    x: (B, C, H, W), channels last; shift: (B, C). The results have x's shape and type. places: as in Dropout.forward.
     """
     masks = None
     if dropout is not None and dropout.training and dropout.probability and places is not None:
@@ -101,25 +101,28 @@ def norm_act(
 
 
 def add(a: Tensor, b: Tensor | None, bias: Tensor, bias_2: Tensor | None = None) -> Tensor:
-    """a + bias, and where they are there + b + bias_2; (B, C, H, W), channels last, and (C,)."""
+    """a + b + bias + bias_2, where b and bias_2 may be None. a, b: (B, C, H, W), channels last; biases: (C,)."""
     found: Tensor = _Add.apply(a, b, bias, bias_2)
     return found
 
 
 def concat(a: Tensor, b: Tensor) -> Tensor:
-    """torch.cat([a, b], 1)"""
+    """torch.cat([a, b], 1) of (B, C, H, W) and (B, C', H, W), channels last."""
     found: Tensor = _Concat.apply(a, b)
     return found
 
 
 def double(a: Tensor) -> Tensor:
-    """Twice as high and wide, by nearest neighbours."""
+    """(B, C, H, W), channels last -> (B, C, 2H, 2W), by nearest neighbours."""
     found: Tensor = _Double.apply(a)
     return found
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution, as a product of matrices; the bias's gradient is summed by a kernel. weight: (C', C, 1, 1)."""
+    """A 1x1 convolution, as a product of matrices; the bias's gradient is summed by a kernel.
+
+    x: (B, C, H, W), channels last; weight: (C', C, 1, 1); bias: (C',). Returns (B, C', H, W).
+    """
     added = None if bias is None else (bias[0] if bias.ndim == 2 else bias).detach().to(weight.dtype)
     y = nn.functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), added).permute(0, 3, 1, 2)
     if bias is None:
@@ -129,8 +132,10 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """layer(x), its bias added by a kernel of ours. Pictures, of three channels, get zeros to fill a word, which matrix
-    units read at a time."""
+    """layer(x), its bias added by a kernel of ours. x: (B, C, H, W).
+
+    Channels that do not fill a word, as the three of a picture, are filled up with zeros: matrix units read words.
+    """
     assert layer.bias is not None
     weight, few = layer.weight, layer.in_channels
     if missing := -few % _WORD:
@@ -143,7 +148,8 @@ def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 def conv_to_few(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """layer(x), of few channels, as a word of them."""
+    """layer(x) for a layer whose output channels do not fill a word: it is computed with a word of them, of which the
+    rest is dropped. x: (B, C, H, W)."""
     assert layer.bias is not None
     few = layer.out_channels
     weight = nn.functional.pad(layer.weight, (0, 0, 0, 0, 0, 0, 0, -few % _WORD))
@@ -215,12 +221,13 @@ class _Add(torch.autograd.Function):
 
 
 def _summed(of_samples: Tensor, parameter: Tensor) -> Tensor:
-    """A parameter's gradient from those of samples, (B, C): as they are for one of `_BySample`."""
+    """A parameter's gradient from those of the samples, (B, C). To a parameter that prepared.py has expanded to a row
+    for each sample they go as they are."""
     return of_samples if parameter.ndim == 2 else of_samples.sum(0).to(parameter.dtype)
 
 
 class _Biased(torch.autograd.Function):
-    """a, to which the bias was added already: its gradient alone."""
+    """Returns `a`, to which the bias was added already; only the bias's gradient is computed here."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, bias: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def _halve_kernel(out, a, width, channels, C: tl.constexpr, P: tl.constexpr):
 
 
 def add(a: Tensor, b: Tensor | None, bias: Tensor, bias_2: Tensor | None) -> Tensor:
-    """a + bias, and where they are there + b + bias_2; the biases' channels side by side."""
+    """a + b + bias + bias_2, where b and bias_2 may be None. Biases: (C,), or (N, C) of equal rows, C contiguous."""
     out, channels = torch.empty_like(a), a.shape[1]
     rows = a.numel() // channels
     with torch.cuda.device_of(a):
@@ -128,7 +128,7 @@ def add(a: Tensor, b: Tensor | None, bias: Tensor, bias_2: Tensor | None) -> Ten
 
 
 def sum_positions(a: Tensor) -> Tensor:
-    """Over height and width: float32 (N, C)."""
+    """The sum over height and width: float32 (N, C)."""
     num, channels, height, width = a.shape
     out = a.new_empty((num, channels), dtype=torch.float32)
     C = _WIDTH
@@ -145,7 +145,7 @@ def sum_positions(a: Tensor) -> Tensor:
 
 
 def concat(a: Tensor, b: Tensor) -> Tensor:
-    """Side by side in their channels."""
+    """torch.cat([a, b], 1)."""
     out = _empty(a, a.shape[1] + b.shape[1], *a.shape[2:])
     rows = out.numel() // out.shape[1]
     with torch.cuda.device_of(a):
@@ -154,7 +154,7 @@ def concat(a: Tensor, b: Tensor) -> Tensor:
 
 
 def split(both: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """What `concat` has joined; first: channels of the first one."""
+    """The two that `concat` has joined; first: channels of the first."""
     a, b = _empty(both, first, *both.shape[2:]), _empty(both, both.shape[1] - first, *both.shape[2:])
     rows = both.numel() // both.shape[1]
     with torch.cuda.device_of(both):
@@ -163,13 +163,13 @@ def split(both: Tensor, first: int) -> tuple[Tensor, Tensor]:
 
 
 def double(a: Tensor) -> Tensor:
-    """Nearest neighbours: twice as high and wide."""
+    """(N, C, H, W) -> (N, C, 2H, 2W), by nearest neighbours."""
     _num, channels, height, width = a.shape
     return _resampled(_double_kernel, a, _empty(a, channels, 2 * height, 2 * width), width)
 
 
 def halve(a: Tensor) -> Tensor:
-    """The gradient of `double`."""
+    """The gradient of `double`: (N, C, 2H, 2W) -> (N, C, H, W), sums of four."""
     _num, channels, height, width = a.shape
     return _resampled(_halve_kernel, a, _empty(a, channels, height // 2, width // 2), width // 2)
 

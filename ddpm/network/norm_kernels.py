@@ -234,8 +234,11 @@ class Division(NamedTuple):
 
     @classmethod
     def of(cls, channels: int, positions: int, groups: int) -> "Division":
-        """Raises ValueError where no number of whole groups is a whole number of words of eight channels and fits a
-        program, or where a group has one channel."""
+        """The division of `channels` in `groups` groups, at `positions` pixels.
+
+        Raises ValueError where no number of whole groups is a whole number of words of eight channels and fits a
+        program, or where a group has one channel.
+        """
         size = channels // groups
         widths = [n * size for n in range(1, groups + 1) if groups % n == 0 and n * size % 8 == 0]
         power = triton.next_power_of_2
@@ -253,9 +256,10 @@ def norm(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
     masks: Masks | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """SiLU of the group norm of x + shift, masked; its means (N, C) and the inverse of its deviations, float32.
+    """y = masks(silu(norm(x + shift))), and for the gradient the groups' means and inverse deviations.
 
-    x: (N, C, H, W), channels last; shift: (N, C), the channels side by side.
+    x: (N, C, H, W), channels last; shift: (N, C), its channels side by side; weight, bias: (C,). y is like x; means and
+    inverse deviations are float32 (N, C). ValueError as `Division.of`.
     """
     y = torch.empty_like(x)
     means = x.new_empty(x.shape[:2], dtype=torch.float32)
@@ -265,7 +269,7 @@ def norm(
         grid, options, drop = _launch(at, moved, groups, masks, part)
         many = options["WHOLE"] and options["P"] * options["C"] == _WHOLE and grid[0] * grid[1] >= _MANY
         if many and torch.version.hip is None:  # Triton has the second for NVIDIA's GPUs alone
-            options |= {"num_warps": 8, "maxnreg": 128}  # then two programs fit a multiprocessor: one reads meanwhile
+            options |= {"num_warps": 8, "maxnreg": 128}  # two fit a multiprocessor: one reads meanwhile
         with torch.cuda.device_of(x):
             _norm_kernel[grid](
                 of_part(y, part), at, _or(moved, at), weight, bias, of_part(means, part), of_part(rstds, part), *drop,
@@ -278,7 +282,10 @@ def norm_backward(
     dy: Tensor, more: Tensor | None, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, means: Tensor,
     rstds: Tensor, groups: int, silu: bool, masks: Masks | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The gradient of x, `more` of it added; of weight and bias for each sample, float32 (N, C); of shift."""
+    """Gradients of x, with `more` added, (N, C, H, W); of weight and bias by sample, float32 (N, C); of shift (N, C).
+
+    dy: of y; more: (N, C, H, W), what else x's gradient is the sum of; the others: as `norm` had and returned them.
+    """
     dx = torch.empty_like(x)
     of_weight = x.new_empty(x.shape[:2], dtype=torch.float32)
     of_bias = torch.empty_like(of_weight)

@@ -1,7 +1,8 @@
 """A network's parameters prepared together for a training step, and what becomes of their gradients.
 
-Owns: which are cast at once to what autocast would cast them to, one by one and to the same bits; and which have
-gradients that fused.py's kernels give sample by sample, all summed at once. Must not know: layers' mathematics, steps.
+Owns: which parameters are cast together, to the bits to which autocast would cast them one by one; and which have
+gradients that fused.py's kernels give sample by sample, to be summed together. Must not know: the layers' mathematics,
+steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Prepared:
-    """The model's forward pass with its parameters prepared. precision: bf16 | fp16 | off."""
+    """The model's forward pass with its parameters prepared: called as the model is. precision: bf16 | fp16 | off."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         self._model, self._parameters = model, dict(model.named_parameters())
@@ -41,7 +42,8 @@ class Prepared:
 
     @contextmanager
     def narrow_gradients(self) -> Iterator[dict[nn.Parameter, Tensor]]:
-        """Within: a backward pass puts the gradients of what is cast here, as they are, and not to the parameters."""
+        """Within: a backward pass leaves the gradients of cast parameters in the yielded dict, in the 16 bits in which
+        they were computed, and not in the parameters' own .grad."""
         self._narrow = {}
         try:
             yield self._narrow
@@ -60,7 +62,7 @@ def by_sample(model: nn.Module) -> list[str]:
 
 
 class _BySample(torch.autograd.Function):
-    """(C,) each -> (B, C) each, of which all rows are one in memory."""
+    """Parameters (C,) -> (B, C) each, whose rows are all the same memory."""
 
     @staticmethod
     def forward(ctx: Any, num: int, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -73,7 +75,7 @@ class _BySample(torch.autograd.Function):
 
 
 class _Cast(torch.autograd.Function):
-    """narrow: where the gradients go if it is there, by parameter."""
+    """Parameters -> the same in `dtype`. narrow: receives their gradients by parameter; None: the parameters do."""
 
     @staticmethod
     def forward(
@@ -91,7 +93,8 @@ class _Cast(torch.autograd.Function):
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Laid out as they are; as flat rows, which torch copies together whatever their shapes."""
+    """The tensors in `dtype`, each laid out as it is. They are copied as flat rows, which torch does together whatever
+    their shapes are."""
     dense = [t if t.is_contiguous() or _is_channels_last(t) else t.contiguous() for t in tensors]
     out = [torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device) for t in dense]
     torch._foreach_copy_(_flat(out), _flat(dense))

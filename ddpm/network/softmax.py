@@ -43,7 +43,7 @@ def _rows_of(rows, width, C: tl.constexpr, R: tl.constexpr):
 
 
 def softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """softmax(scale * scores) over the last dimension. scores: float32, contiguous."""
+    """softmax(scale * scores) over the last dimension, in `dtype`. scores: float32 (..., width), contiguous."""
     p = torch.empty_like(scores, dtype=dtype)
     grid, rows, options = _launch(scores)
     with torch.cuda.device_of(scores):

@@ -46,7 +46,7 @@ def of_run(run: RunDir, step: int | None, weights: str, config: Config, log: Tel
     found = generations.choose(run, step, log)
     try:
         state = generations.load(run, found.step)
-    except FileNotFoundError:  # retired since
+    except FileNotFoundError:  # retention has removed it since
         found = generations.choose(run, step, log)
         state = generations.load(run, found.step)
     of = {"step": found.step, "weights": weights, "sha256": found.sha256, "config_digest": state["config_digest"]}
@@ -78,7 +78,7 @@ def _start(state: Mapping[str, Tensor], source: Path, file: Path, of: dict[str, 
 
 
 def read_start(run: RunDir, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights in a run's start.safetensors. record: `from` of its run.json.
+    """The weights in a run's start.safetensors, by name, float32 on the CPU. record: `from` of its run.json.
 
     Raises DoNotRetry if they are missing or not what was written, OSError if they cannot be read.
     """

@@ -38,8 +38,8 @@ class UNet(nn.Module):
     """eps(x_t, t) or, with num_classes > 0, eps(x_t, t, labels).
 
     structure: the fields of Structure; image_size is required. ValueError naming a field that cannot be built.
-    fused_attention: of every attention at first; `set_fused_attention` changes it.
-    Initial weights are drawn from torch's global generator.
+    fused_attention: as in `Attention`; `set_fused_attention` changes it.
+    Initial weights are float32, drawn from torch's global generator.
     """
 
     own_kernels = False
@@ -81,7 +81,7 @@ class UNet(nn.Module):
             raise ValueError(f"labels are {given}; with num_classes={self.num_classes} they are {wanted}")
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(labels)
-        emb = F.silu(emb)  # once for all blocks
+        emb = F.silu(emb)  # computed once for all blocks
 
         way = (_Own if self.own_kernels else _Torch)(self, emb, places)
         h = way.conv(self.conv_in, x_t.to(dtype))
@@ -103,7 +103,8 @@ class UNet(nn.Module):
         return way.end(h)
 
     def _apply(self, *given: Any, **options: Any) -> UNet:
-        """What moves or casts the network; those kernels may not serve there, and are chosen anew."""
+        """torch calls this for whatever moves or casts the network. Our kernels may not serve there: until they are
+        chosen again, torch's compute it."""
         self.set_own_kernels(False)
         return super()._apply(*given, **options)
 
@@ -112,7 +113,7 @@ class UNet(nn.Module):
         fused.choose(self, own)
 
     def set_fused_attention(self, fused: bool) -> None:
-        """Choose the implementation of every attention of the network; weights stay."""
+        """Choose `fused` of every Attention of the network; weights stay."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fused = fused
@@ -173,10 +174,11 @@ class Level(nn.Module):
 
     @property
     def by_sample(self) -> tuple[str, ...]:
-        """As of blocks.py's: the bias of what fused.conv computes."""
+        """As in blocks.py: the bias of a convolution that fused.conv computes."""
         return ("resample.bias",) if type(self.resample) is nn.Conv2d else ()
 
     def add(self, block: nn.Module, attention: nn.Module) -> None:
+        """Append a block, and what follows it."""
         self.blocks.append(block)
         self.attentions.append(attention)
 

@@ -22,7 +22,7 @@ from ddpm.run.files import DamagedFile, open_file
 from ddpm.run.paths import RunDir
 
 MAX_HEADER_BYTES = 8 << 20
-"""Of a .safetensors file: a tensor takes a hundred bytes there, and a network has some hundreds."""
+"""Largest header of a .safetensors file: a tensor takes a hundred bytes there, and a network has some hundreds."""
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 WRAPPERS = ("module.", "_orig_mod.", "ema_model.")
 """Prefixes of names in state dicts: of DDP and AveragedModel, of torch.compile, of other projects' averages."""
@@ -109,7 +109,7 @@ def why_unreadable(path: Path, error: Exception) -> str:
         head = f.read(2)
     if not head:
         return "is empty"
-    if head != b"PK" and head[:1] != b"\x80":  # no zip, no pickle
+    if head != b"PK" and head[:1] != b"\x80":  # neither a zip nor a pickle
         return "is no file of torch's"
     if isinstance(error, pickle.UnpicklingError) and "truncated" not in str(error):
         return MORE

@@ -88,7 +88,7 @@ def _claimed(path: Path, part: int) -> Iterator[bool]:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, part)
             mine = True
         except OSError as e:
-            mine = e.errno not in BUSY  # no locks here
+            mine = e.errno not in BUSY  # if the file system has no locks, everybody may
         yield mine
     finally:
         os.close(fd)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.run.files import LINES_BYTES, DamagedFile, now, read_bytes
+from ddpm.run.forms import SIGN, Record
 from ddpm.run.paths import RunDir, files_of_kind
-from ddpm.run.records import SIGN, Record, parse_events, read_heartbeat
+from ddpm.run.records import parse_events, read_heartbeat
 
 
 class EventLog:
@@ -95,7 +96,7 @@ def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
                 wrong = f"{name} tells nothing"
         except FileNotFoundError:
             continue
-        except (IsADirectoryError, PermissionError) as e:  # it stays so; anything else may be over in a moment
+        except (IsADirectoryError, PermissionError) as e:  # these last; any other error may be over in a moment
             found, wrong = [], f"{name} cannot be read ({e.strerror})"
         except DamagedFile as e:
             found, wrong = [], f"{name} cannot be read ({e})"
@@ -106,7 +107,7 @@ def read_events_and_damage(run: RunDir) -> tuple[list[Record], list[str]]:
 
 def _without_copies(files: list[list[Record]]) -> list[list[Record]]:
     """Without files whose every event is in another file: a copy beside the original must not count twice."""
-    kept: dict[tuple[str, int, str], list[list[Record]]] = {}  # by how each begins, as no two lives do
+    kept: dict[tuple[str, int, str], list[list[Record]]] = {}  # by the beginning of the file, which no two lives share
     for events in sorted(filter(None, files), key=len, reverse=True):
         alike = kept.setdefault((*life_of(events[0]), events[0]["time"]), [])
         if not any(all(event in other for event in events) for other in alike):

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import NodeUnfit, RunBusy, RunGone
-from ddpm.run.files import DamagedFile, look_anew, not_ours, read_bytes, write_bytes
+from ddpm.run.files import DamagedFile, look_anew, read_bytes, write_bytes
+from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir
 
 AWAY_S = 600.0
@@ -54,7 +55,7 @@ class Fence:
         self._away_since: float | None = None
         try:
             self._root = _identity(run.path.parent)
-            self._home = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)  # held, so that no other takes its number
+            self._home = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)  # open, so that no other gets its inode
             self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share a run
             self._held, self._ours = [self._home, self._fd], (_identity(self._home), _identity(self._fd))
             self._await_lock(owner, wait_s, is_orphan, how_to_end)
@@ -75,11 +76,7 @@ class Fence:
                 claim.unlink(missing_ok=True)
 
     def _await_lock(
-        self,
-        owner: dict[str, Any],
-        wait_s: float,
-        is_orphan: Callable[[dict[str, Any]], bool],
-        how_to_end: str,
+        self, owner: dict[str, Any], wait_s: float, is_orphan: Callable[[dict[str, Any]], bool], how_to_end: str
     ) -> None:
         """Return once this process has the lock, or an orphan is known to hold it. Raises RunBusy."""
         deadline = time.monotonic() + wait_s
@@ -131,6 +128,7 @@ class Fence:
         return True
 
     def _holder(self) -> dict[str, Any]:
+        """Who has the lock, as its file says; {} if that is not known."""
         try:
             value = json.loads(read_bytes(self._run.lock))  # opened anew: NFS asks its server then, and not before
         except (OSError, ValueError, DamagedFile):
@@ -138,10 +136,11 @@ class Fence:
         return value if isinstance(value, dict) else {}
 
     def _current(self) -> int:
+        """The counter: the last writer's token; 0 if there is none."""
         try:
             look_anew(self._run.path)
             number = int(read_bytes(self._run.fence))
-            return number if number < 2**63 else 0  # as what is no number
+            return number if number < 2**63 else 0  # as if it were no number
         except (FileNotFoundError, ValueError):
             return 0
 
@@ -180,7 +179,7 @@ class Fence:
         mount may be away for a moment, and a save then fails as on any file system that does."""
         if _identity(self._run.path.parent) == self._root or self._whereto():
             return
-        with contextlib.suppress(OSError):  # of a server that knows it no more, or not now
+        with contextlib.suppress(OSError):  # from a server that does not know it any more, or not now
             if not os.fstat(self._home).st_nlink:  # deleted
                 return
         self._away_since = self._away_since or time.monotonic()
@@ -197,6 +196,7 @@ class Fence:
         return f" (it is {home} now)" if home.exists() and home != self._run.path else ""
 
     def release(self) -> None:
+        """Give up the lock, which another process may then take."""
         while self._held:
             os.close(self._held.pop())
 

@@ -8,17 +8,15 @@ with ".tmp-". Must not know: which files a run has.
 from __future__ import annotations
 
 import errno
-import grp
 import hashlib
 import io
 import json
 import os
-import pwd
 import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,13 +25,13 @@ from typing import Any, BinaryIO, TypeVar
 T = TypeVar("T")
 TMP_PREFIX = ".tmp-"
 SETTLED_S = 2.0
-"""A file that was changed so shortly before may change again in no time: file times are coarse."""
+"""A file that was changed less than this before may change again without showing it: file times are coarse."""
 RECORD_BYTES = 8 << 20
 """Largest JSON record, or line of JSON, that is read: thousands of times the size of ours."""
 LINES_BYTES = 1 << 30
 """Largest file of JSON lines that is read: metrics of millions of logged steps."""
 STALE_TRIES = 10
-"""How often a file is opened once more that was replaced under its reader."""
+"""How often a file is opened again after another host has replaced it under its reader."""
 PASSING = frozenset((
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
     errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO))  # fmt: skip
@@ -81,6 +79,7 @@ def sha256_json(value: Any) -> str:
 
 
 def sha256_file(path: Path) -> str:
+    """The sha256 of a file's content, in hex. Raises OSError, and DamagedFile as `open_file`."""
     digest = hashlib.sha256()
     with open_file(path) as f:
         while chunk := f.read(1 << 20):
@@ -89,13 +88,13 @@ def sha256_file(path: Path) -> str:
 
 
 def marks(stat: os.stat_result) -> list[int]:
-    """What a file system tells of a file that changes when it is replaced or written to."""
+    """Device, inode, size and times of a file: if it is replaced or written to, one of them changes."""
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def settled_marks(*paths: Path) -> tuple[int, ...]:
-    """The `marks` of all these files, by which what was read of them may be kept. () where one is not there, or was
-    changed within SETTLED_S."""
+    """The `marks` of all these files: what was read from them may be kept as long as these stay. () if one is missing,
+    or was changed within SETTLED_S: then nothing may be kept."""
     found: list[int] = []
     for path in paths:
         try:
@@ -195,7 +194,7 @@ def publishing(
             rename_new(tmp, path)
         fsync_dir(path.parent)
     except OSError as e:
-        e.filename = e.filename or str(path)  # a full disk does not say where
+        e.filename = e.filename or str(path)  # the error of a full disk names no file
         raise
     finally:
         tmp.unlink(missing_ok=True)  # gone already after a rename; stale after a failure
@@ -206,47 +205,13 @@ def _opened(tmp: Path, may_publish: Callable[[], None] | None, mode: int) -> Bin
         return open(tmp, "wb", opener=lambda path, flags: os.open(path, flags, mode))
     except FileNotFoundError:
         if may_publish is not None:
-            may_publish()  # it knows better what has become of the directory
+            may_publish()  # it can tell what has become of the directory
         raise
 
 
-def not_ours(path: Path) -> str:
-    """If `path` belongs to another user: why this user cannot write it, for a message; else ""."""
-    me = os.geteuid()
-    while True:
-        try:
-            there = path.stat()
-            break
-        except OSError:  # it is not there, or in a folder that may not be looked into
-            if path == path.parent:
-                return ""
-            path = path.parent
-    if there.st_uid == me or me == 0:
-        return ""
-    told = f"{path} belongs to {_user(there.st_uid)} (mode {there.st_mode & 0o7777:04o}), and this is {_user(me)}"
-    if there.st_mode & stat.S_IRWXG == stat.S_IRWXG and there.st_gid not in {os.getegid(), *os.getgroups()}:
-        return f"{told}, who is not in its group {_group(there.st_gid)} here (id): a new login or job may be"
-    return f"{told}; its owner can share it with the group: chmod -R g+rwX {path}"
-
-
-def _user(uid: int) -> str:
-    return _name(pwd.getpwuid, uid, "uid")
-
-
-def _group(gid: int) -> str:
-    return _name(grp.getgrgid, gid, "gid")
-
-
-def _name(look_up: Callable[[int], Sequence[Any]], number: int, kind: str) -> str:
-    try:
-        return str(look_up(number)[0])
-    except KeyError:
-        return f"{kind} {number}"
-
-
 def _is_linked(tmp: Path, path: Path) -> bool:
-    """Whether that link was made all the same: an NFS server that is asked twice, as when its answer is lost, says that
-    the name exists (link(2), BUGS)."""
+    """Whether the link from `path` to `tmp` was made, though making it failed: an NFS server that is asked twice,
+    because its answer got lost, says that the name exists (link(2), BUGS)."""
     with suppress(FileNotFoundError):
         return os.path.samestat(tmp.lstat(), path.lstat())
     return False
@@ -303,7 +268,7 @@ def link_to_nothing(path: Path) -> str:
 
 
 class _Named(io.FileIO):
-    """A file whose errors of reading name it, as those of opening do: read(2) tells none."""
+    """A file whose read errors name it, as errors of opening do: those of read(2) name none."""
 
     def readinto(self, buffer: Any) -> int | None:
         return self._named(lambda: super(_Named, self).readinto(buffer))
@@ -329,7 +294,7 @@ def open_file(path: Path) -> BinaryIO:
     try:
         file = io.BufferedReader(_Named(os.fspath(path), opener=_open_at_once))
     except OSError as e:
-        if e.errno == errno.ENXIO:  # so does a socket answer, and a device that is not there
+        if e.errno == errno.ENXIO:  # the error of a socket, and of a device that is not there
             raise DamagedFile(f"{path.name}: a socket or a device, and no file") from None
         raise
     try:
@@ -346,8 +311,8 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def look_anew(directory: Path) -> None:
-    """On NFS a host remembers for a minute which file had a name there, or that none had, unless it opens the
-    directory."""
+    """Have the names in a directory looked up anew. On NFS a host remembers for a minute which file had a name, or that
+    none had, unless it opens the directory."""
     os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
 
 
@@ -370,7 +335,7 @@ def _read_bytes(path: Path, at_most: int) -> bytes:
         while not too_large and (piece := f.read(1 << 20)):
             pieces.append(piece)
             size += len(piece)
-            too_large = size > at_most  # it grows, or did not say its size
+            too_large = size > at_most  # the file grows, or its size was not told
     if too_large:
         raise DamagedFile(f"{path.name}: more than {at_most:,} bytes, which none of its kind has")
     return b"".join(pieces)

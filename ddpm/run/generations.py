@@ -29,7 +29,7 @@ class NothingSaved(RequestError):
 
 
 class AnotherStep(RequestError):
-    """The checkpoint of a step was asked for that cannot be had, and there are others; how is the caller's to say."""
+    """The checkpoint of one step was asked for and cannot be had; others can, and how is the caller's to say."""
 
 
 class NoneHolds(RequestError):
@@ -50,14 +50,14 @@ class Generation:
 
 
 class _Reading(threading.Thread):
-    """Of a file's digest, beside other work."""
+    """Computes a file's digest in a thread of its own."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(daemon=True)
         self._path, self._of, self._found = path, marks(path.stat()), ""
 
     def run(self) -> None:
-        with contextlib.suppress(OSError):  # which whoever wants it meets again
+        with contextlib.suppress(OSError):  # whoever needs the digest meets the error again
             self._found = sha256_file(self._path)
 
     def found(self) -> str:
@@ -127,7 +127,7 @@ def verify(run: RunDir, step: int) -> Generation:
     except FileNotFoundError:
         raise DamagedFile(f"{path.name}: missing beside its manifest") from None
     if size != manifest["bytes"]:
-        open_file(path).close()  # which may know why
+        open_file(path).close()  # raises where it can tell more
         raise DamagedFile(f"{path.name}: {size} bytes instead of {manifest['bytes']}")
     if (sha256 := _digest(path)) != manifest["sha256"]:
         raise DamagedFile(f"{path.name}: its sha256 does not match its manifest")

@@ -18,7 +18,7 @@ def has_control(text: str) -> bool:
 
 
 def plain(words: object) -> str:
-    """As one line of printable text: other characters are escaped, as in \\x1b."""
+    """`words` as one line of printable text: other characters are escaped, as in \\x1b."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(words))
 
 

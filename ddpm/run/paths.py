@@ -22,8 +22,6 @@ from ddpm.run.files import link_to_nothing
 SCHEMA = 1
 MAX_NAME = 100
 NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}")
-
-
 EXPORTED_WEIGHTS, EXPORTED_CONFIG, EXPORTED_CLASSES = "model.safetensors", "config.yaml", "classes.json"
 """A model without its run: files of one folder; classes.json lists their names, where it has some."""
 ASIDE = ".damaged-"
@@ -57,9 +55,9 @@ def check_set_name(name: str) -> str:
 def fit_name(name: str) -> str:
     """A name that was put together, made to fit MAX_NAME: one that is too long is cut and ends in a digest of
     itself."""
-    return (
-        name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    )
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def listed(directory: Path) -> list[Path]:
@@ -108,7 +106,7 @@ class Folder:
 
     @property
     def quoted(self) -> str:
-        """Its path as a word of the commands that messages say."""
+        """Its path as a word of a shell command, for messages."""
         return shlex.quote(str(self.path))
 
 
@@ -172,7 +170,7 @@ class RunDir(Folder):
 
     @property
     def notify(self) -> Path:
-        """Whom to tell of the run's end; readable by its owner alone."""
+        """Says whom to tell of the run's end; readable by its owner alone."""
         return self.path / "notify.json"
 
     @property
@@ -216,7 +214,7 @@ class RunDir(Folder):
     def renew_stop(self) -> None:
         """Make STOP, or touch an existing one, which gives it a new mark."""
         if self.is_stopped():
-            with contextlib.suppress(PermissionError):  # another's, which is there all the same
+            with contextlib.suppress(PermissionError):  # another user's file, which counts all the same
                 os.utime(self.stop_file, follow_symlinks=False)
         else:
             self.stop_file.touch()
@@ -225,7 +223,7 @@ class RunDir(Folder):
         """What tells one STOP from a later one (its time); "" if there is none."""
         try:
             return str(os.lstat(self.stop_file).st_mtime_ns)
-        except OSError:  # of a stale handle too, which is no STOP and ends no training
+        except OSError:  # also a stale handle, which is no STOP and ends no training
             return ""
 
     @property

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby, pairwise
-from typing import Any
 
 from ddpm.run.files import (
     LINES_BYTES,
@@ -22,13 +21,12 @@ from ddpm.run.files import (
     open_file,
     parse_json,
     read_bytes,
-    seconds,
     settled_marks,
     sign,
 )
+from ddpm.run.forms import BEAT, BEAT_TOO, EVENT, EVENT_TOO, METRICS, METRICS_TOO, RUN_TOO, Form, Record, checked
 from ddpm.run.paths import RunDir
 
-Record = dict[str, Any]
 SKIMMED_BYTES = 4096
 """Read from the end of a long metrics.jsonl: some twenty lines."""
 THINNED_LINES = 40_000
@@ -39,126 +37,11 @@ BEATS_S = 60.0
 """The heartbeat of a trainer at work is never older than this."""
 ALWAYS = (b"NaN", b"Infinity", b'"validation_loss"')
 """Lines with one of these are rare, and none of them is left out."""
-Kind = Mapping[str, Callable[[Any], bool]]
-"""Key -> whether a value of it is good. NAME: required keys; NAME_TOO: optional ones."""
-
-
-# ---------------------------------------------------------------- what a value may be
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _is_job(value: Any) -> bool:
-    return _is_text(value) or _is_count(value)
-
-
-def _is_number(value: Any) -> bool:
-    """A number, infinite or NaN ones too: a loss may have been."""
-    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
-
-
-def _is_time(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and seconds(value) > 0
-    except (ValueError, OverflowError, OSError):
-        return False
-
-
-def _is_words(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _is_options(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_text(v) or v is True for v in value.values())
-
-
-def _is_tree(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_sign(value: Any) -> bool:
-    return _checked(value, SIGN)[1] == ""
-
-
-SIGN: Kind = {"job": _is_job, "restart": _is_count, "time": _is_time}
-"""What an event keeps of a heartbeat."""
-EVENT: Kind = {"event": _is_text, **SIGN}
-EVENT_TOO: Kind = {
-    **dict.fromkeys(("host", "cluster", "stage", "set", "via", "reason", "bad_node", "run", "sha256"), _is_text),
-    **dict.fromkeys(("step", "world_size", "attempt", "progress", "exit_code", "pid", "tasks", "wait_s"), _is_count),
-    **dict.fromkeys(("since", "former_life_ended"), _is_time),
-    **{"last_sign": _is_sign, "args": _is_words, "options": _is_options},
-    **{"successor_of": _is_job, "launch": _is_tree},
-    "preemption": lambda value: _is_tree(value) and all(map(_is_text, value.values())),
-}
-METRICS: Kind = {
-    **{"step": _is_count, "time": _is_time},
-    **dict.fromkeys(("epoch", "loss", "grad_norm", "lr", "images_per_s"), _is_number),
-}
-METRICS_TOO: Kind = {
-    **dict.fromkeys(("images", "skipped_steps"), _is_count),
-    **dict.fromkeys(("gpu_memory_gib", "mfu", "validation_loss"), _is_number),
-}
-BEAT: Kind = {**SIGN, "step": _is_count}
-BEAT_TOO: Kind = {
-    **dict.fromkeys(("total_steps", "inode"), _is_count),
-    **dict.fromkeys(("host", "cluster"), _is_text),
-    **dict.fromkeys(("loss", "images_per_s"), _is_number),
-}
-RUN_TOO: Kind = {
-    **dict.fromkeys(("config_digest", "created", "reads", "run_id"), _is_text),
-    **dict.fromkeys(("launch", "resolved"), _is_tree),
-    **dict.fromkeys(("command", "first_command"), _is_words),
-    "data": lambda value: _checked(value, DATA, DATA_TOO)[1] == "",
-    "from": lambda value: _checked(value, FROM, FROM_TOO)[1] == "",
-    "sweep": lambda value: _checked(value, SWEEP)[1] == "",
-}
-FROM: Kind = dict.fromkeys(("source", "weights", "sha256", "start_sha256"), _is_text)
-FROM_TOO: Kind = {"step": _is_count, "config_digest": _is_text}
-SWEEP: Kind = {"name": _is_text, "values": _is_tree}
-DATA: Kind = {"cache": _is_text}
-DATA_TOO: Kind = {
-    **dict.fromkeys(("key", "digest", "scratch"), _is_text),
-    "num_images": _is_count,
-    "test": lambda value: _checked(value, dict.fromkeys(("key", "digest"), _is_text))[1] == "",
-}
-
-
-def _checked(record: Any, needed: Kind, too: Kind | None = None) -> tuple[Record | None, str]:
-    """The record without bad optional values, or None if a required one is missing or bad; and what was wrong, or
-    ""."""
-    if not isinstance(record, dict):
-        return None, "no JSON object"
-    for key, is_good in needed.items():
-        if key not in record:
-            return None, f"no {key}"
-        if not is_good(record[key]):
-            return None, f"{key} = {_short(record[key])}"
-    bad = [k for k, value in record.items() if value is not None and too and k in too and not too[k](value)]
-    if not bad:
-        return record, ""
-    return {k: v for k, v in record.items() if k not in bad}, ", ".join(f"{k} = {_short(record[k])}" for k in bad)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict | list):
-        return "{…}" if isinstance(value, dict) else "[…]"
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "a number beyond all bounds"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
 
 # ---------------------------------------------------------------- lines
 
 
-def parse_lines(data: bytes, name: str, needed: Kind, too: Kind) -> tuple[list[Record], list[bytes], str]:
+def parse_lines(data: bytes, name: str, needed: Form, too: Form) -> tuple[list[Record], list[bytes], str]:
     """The records in a JSONL file; the raw lines that are damaged; and what is wrong with the file, or "".
 
     A torn last line is left out silently: its writer was killed, or is just writing it.
@@ -167,7 +50,7 @@ def parse_lines(data: bytes, name: str, needed: Kind, too: Kind) -> tuple[list[R
     records, lost, told = [], [], []
     for number, line in enumerate([*lines, last], start=1):
         try:
-            record, wrong = _checked(parse_json(line), needed, too) if line.strip() else (None, "")
+            record, wrong = checked(parse_json(line), needed, too) if line.strip() else (None, "")
         except ValueError:
             record, wrong = None, "" if number > len(lines) else "no JSON"
         if record is not None:
@@ -232,7 +115,7 @@ def skim_metrics(run: RunDir) -> tuple[list[Record], int, str]:
             tail, _, wrong = parse_metrics(f.read(SKIMMED_BYTES).partition(b"\n")[2])
             every = head[0]["step"] if len(head) == 2 else 0
             good = bool(tail and not wrong and every and head[1]["step"] == 2 * every and tail[0]["step"] % every == 0)
-            if good and size * len(tail) * every < 1.5 * SKIMMED_BYTES * tail[-1]["step"]:  # else it has lines twice
+            if good and size * len(tail) * every < 1.5 * SKIMMED_BYTES * tail[-1]["step"]:  # else lines are twice
                 return tail, tail[0]["step"] - every, ""
     records, _, wrong = parse_metrics(read_bytes(run.metrics, LINES_BYTES))
     return records, 0, wrong
@@ -294,7 +177,7 @@ def missing_lines(
 def parse_heartbeat(data: bytes) -> tuple[Record, str]:
     """The content of a heartbeat, {} if it is damaged; and what is wrong with it, or ""."""
     try:
-        record, wrong = _checked(parse_json(data), BEAT, BEAT_TOO)
+        record, wrong = checked(parse_json(data), BEAT, BEAT_TOO)
     except ValueError:
         record, wrong = None, "no JSON"
     return record or {}, f"heartbeat.json cannot be used ({wrong})" if wrong else ""
@@ -317,7 +200,7 @@ def read_run(run: RunDir) -> Record:
     """The content of run.json. Raises DamagedFile if it is missing or not what was written (old ones are not
     signed)."""
     try:
-        record, wrong = _checked(parse_json(read_bytes(run.run_json)), {}, RUN_TOO)
+        record, wrong = checked(parse_json(read_bytes(run.run_json)), {}, RUN_TOO)
     except FileNotFoundError:
         why = link_to_nothing(run.run_json) or "missing"
         raise DamagedFile(f"{run.run_json} is {why}: {_restore(run, ', or this is no run directory')}") from None

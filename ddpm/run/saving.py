@@ -138,7 +138,7 @@ class Checkpointer:
         self.wait(raising=False)
         self._fence.check()
         copied = self._copy.take(state)
-        self._error = OSError(errno.EAGAIN, "the thread that writes it did not come to an end")  # until it does
+        self._error = OSError(errno.EAGAIN, "the thread that writes it did not come to an end")  # replaced when it does
         self._thread = threading.Thread(target=self._write_guarded, args=(copied, final), name="checkpoint-writer")
         try:
             self._thread.start()
@@ -158,6 +158,7 @@ class Checkpointer:
             raise error
 
     def _write_guarded(self, state: dict[str, Any], final: bool) -> None:
+        """`_write`, whose error is kept for `wait`."""
         try:
             self._write(state, final)
             self._error = None
@@ -173,6 +174,7 @@ class Checkpointer:
                 self._log(f"checkpoint failed: step={state['step']} error={e!r}")
 
     def _write(self, state: dict[str, Any], final: bool) -> None:
+        """Make `state` a generation, unless it is one already; then remove those that nobody needs."""
         run, step = self._run, int(state["step"])
         with_ema = final or self._is_milestone(step)
         try:
@@ -195,9 +197,9 @@ class Checkpointer:
             self._not_removed = ""
 
     def _publish(self, state: dict[str, Any], with_ema: bool) -> str:
-        """Returns the checkpoint's sha256."""
+        """Write `state` as a generation; returns the sha256 of its .pt."""
         run, step = self._run, int(state["step"])
-        self._fence.check()  # what lies there may be a later job's, half way to its manifest
+        self._fence.check()  # a .pt that lies there may be a later job's, not yet with its manifest
         self._clear()
         self._check_space(num_bytes(state) + (num_bytes(state["ema"]) if with_ema else 0))
         rejected = [run.manifest(step), run.checkpoint(step), run.ema_weights(step)]
@@ -267,7 +269,7 @@ class Checkpointer:
                 unfinished.set_aside(run, damaged, f"rejected, and step {newest} is saved now", self._log)
             elif step not in keep:
                 begun = unfinished.begin(run, step, self._token, self._fence.check)
-                for path in (run.manifest(step), run.checkpoint(step), run.ema_weights(step)):  # of a former end
+                for path in (run.manifest(step), run.checkpoint(step), run.ema_weights(step)):  # EMA of a former end
                     path.unlink(missing_ok=True)
                 begun.unlink()
         self._clear()

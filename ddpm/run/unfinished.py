@@ -40,6 +40,7 @@ def begin(run: RunDir, step: int, token: str, may_publish: Callable[[], None]) -
 
 
 def signs(run: RunDir) -> list[Sign]:
+    """The signs in checkpoints/, also those that a copy of the run brought."""
     found = []
     for path in sorted(listed(run.checkpoints)):
         if match := re.fullmatch(rf"{re.escape(SIGN)}step-([0-9]{{9,}})\..*", path.name):

@@ -59,7 +59,7 @@ class Denoiser:
 
 
 def eps_of(network: torch.nn.Module, precision: str) -> LabelledEpsModel:
-    """The network as a function without gradients, evaluated in `precision`."""
+    """The network as a function without gradients. precision: bf16 | fp16: autocast to it; anything else: none."""
 
     def eps(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         with torch.no_grad(), autocast(precision, x_t.device):
@@ -77,7 +77,7 @@ def _stream_of(device: torch.device, thread: int) -> torch.cuda.Stream:
 
 
 class Replays:
-    """Evaluations on a GPU: from the third call with a shape on, its kernels are launched together, as one CUDA graph.
+    """`eps` on a GPU: from the third call with the same shapes on, its kernels are launched together, as a CUDA graph.
 
     The network's tensors must stay where they are in memory; changes of their values are seen.
     """
@@ -97,13 +97,14 @@ class Replays:
         return replay(*given) if replay else self._eps(x_t, t, labels)
 
     def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor] | None:
+        """Record an evaluation of these shapes, to be replayed; None, with a warning, if that fails."""
         graph, device = torch.cuda.CUDAGraph(), given[0].device
-        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # else it is of the current GPU
+        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # graphs are of the current GPU
             static = [tensor.clone() for tensor in given]
             try:
                 with recorded(graph, stream=_stream_of(device, threading.get_ident())):
                     out = self._eps(static[0], static[1], static[2] if len(static) > 2 else None)
-            except RuntimeError as e:  # of what does not fit twice, or may not be recorded
+            except RuntimeError as e:  # it does not fit in memory twice, or may not be recorded
                 why = f"{type(e).__name__}: {e}".partition("\n")[0]
                 warnings.warn(f"evaluations are not replayed: {why}", stacklevel=4)
                 return None

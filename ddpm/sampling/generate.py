@@ -93,11 +93,7 @@ def sample_labels(request: Request, first: int, num: int, num_classes: int) -> n
 
 
 def sample_batch(
-    request: Request,
-    denoiser: Denoiser,
-    first: int,
-    labels: np.ndarray,
-    stop_requested: StopRequested = lambda: None,
+    request: Request, denoiser: Denoiser, first: int, labels: np.ndarray, stop_requested: StopRequested = lambda: None
 ) -> Part:
     """Samples first … first+n-1, in order. labels: int64 (n,), n <= batch; ignored by a model without classes.
 
@@ -122,10 +118,7 @@ def sample_batch(
         result = samplers.sample(
             _eps_model(request, denoiser, in_rows(torch.from_numpy(labels).to(device))),
             samplers.SAMPLERS[request.sampler](
-                denoiser.schedule,
-                request.steps,
-                eta=request.eta,
-                variance=request.variance or denoiser.variance,
+                denoiser.schedule, request.steps, eta=request.eta, variance=request.variance or denoiser.variance
             ),
             in_rows(rng.normal(initial_key, index, 0, denoiser.image_shape)),
             noise=lambda t: in_rows(rng.normal(step_key, index, t, denoiser.image_shape)),

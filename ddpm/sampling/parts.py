@@ -18,6 +18,8 @@ from ddpm.sampling.shards import missing_shards, npz_bytes, read_npz
 
 
 class Part(NamedTuple):
+    """A finished batch."""
+
     images: np.ndarray
     """uint8 (n, H, W, C)"""
     nfe: int
@@ -26,6 +28,7 @@ class Part(NamedTuple):
 
 
 def part_path(sample_set: SampleSet, first: int, num: int) -> Path:
+    """Where the batch of samples first … first+num-1 is kept."""
     return sample_set.part / f"{first:09d}-{num}.npz"
 
 
@@ -43,7 +46,7 @@ def read_part(sample_set: SampleSet, request: Request, first: int, num: int) -> 
 
 
 def whole_part(path: Path, request: Request) -> Part:
-    """A part. Raises DamagedFile, KeyError, ValueError or TypeError unless it is of this request, and undamaged."""
+    """The part in a file. DamagedFile, KeyError, ValueError or TypeError unless it is whole and of this request."""
     arrays, _ = read_npz(path)
     part = Part(arrays["images"], int(arrays["nfe"]), str(arrays.get("code", "")))
     if str(arrays["check"]) != _check(request, int(path.stem.partition("-")[0]), part):
@@ -52,6 +55,7 @@ def whole_part(path: Path, request: Request) -> Part:
 
 
 def write_part(sample_set: SampleSet, request: Request, first: int, part: Part, token: str) -> None:
+    """Keep a finished batch, the samples from `first` on. token: names the writer in temporaries."""
     sample_set.part.mkdir(exist_ok=True)
     data = npz_bytes(images=part.images, nfe=part.nfe, code=part.code, check=_check(request, first, part))
     with contextlib.suppress(FileExistsError):  # a twin of this job, not yet dead, finished the same batch
@@ -69,7 +73,7 @@ def remove_parts(sample_set: SampleSet, request: Request, batches: list[tuple[in
 
 def _check(request: Request, first: int, part: Part) -> str:
     """A digest that ties a part's pixels to its request and place: another request's part does not pass."""
-    of = f"{request.digest} {first} {part.nfe} {part.images.shape} {part.code}".rstrip()  # as without, where it is none
+    of = f"{request.digest} {first} {part.nfe} {part.images.shape} {part.code}".rstrip()  # without code as in old parts
     digest = hashlib.sha256(of.encode())
     digest.update(part.images.tobytes())
     return digest.hexdigest()

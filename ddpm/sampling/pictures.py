@@ -17,6 +17,7 @@ OUTPUTS = ("numpy", "torch", "pil")
 
 
 def check_output(output: str) -> None:
+    """Raise RequestError for what is not one of OUTPUTS."""
     if output not in OUTPUTS:
         raise RequestError(f"output = {output!r}: use one of {', '.join(OUTPUTS)}")
 

@@ -29,6 +29,8 @@ class OfOtherCode(DamagedFile):
 
 @dataclass(frozen=True)
 class CheckpointRef:
+    """The checkpoint that samples are made from."""
+
     step: int
     sha256: str
 
@@ -244,7 +246,7 @@ def samples_record(request: Request) -> dict[str, Any]:
 def withdraw_request(made: Made) -> None:
     """Unpublish a request of which nothing was made yet, as if it had never been asked for."""
     made.request.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # a shard that somebody began
+    with contextlib.suppress(OSError):  # somebody has begun a shard
         made.path.rmdir()
 
 
@@ -261,7 +263,8 @@ def differences(there: Any, asked: Any) -> str:
 
 
 def shard_range(num_samples: int, shards: int, index: int) -> tuple[int, int]:
-    """(first, num) of shard `index`: contiguous, in order, sizes differing by at most one."""
+    """(first, num) of shard `index`, 0-based: contiguous, in order, sizes differing by at most one. Raises RequestError
+    for shards that cannot be."""
     if not 1 <= shards <= num_samples:
         raise RequestError(f"shards = {shards}: must be from 1 to num_samples = {num_samples}")
     if not 0 <= index < shards:

@@ -155,7 +155,7 @@ def unpack_png(sample_set: SampleSet, request: Request, directory: Path, classes
     directory that already has all samples is left alone. Raises RequestError for a directory with other content,
     FileNotFoundError or DamagedFile for a shard that is missing or damaged.
     """
-    from PIL import Image  # a login node that unpacks nothing does without
+    from PIL import Image  # so that a login node that unpacks nothing loads no Pillow
 
     from ddpm.data.packed import ABANDONED_AFTER_S, remove_abandoned
 

@@ -1,6 +1,7 @@
 """What a life writes of a run: events, log lines, metrics, heartbeat, grids and saves, all of them by rank 0 alone.
 
-Every rank has a chronicle and calls it at the same places; on ranks above 0 it is `Silent` and does nothing.
+Every rank has a chronicle and calls it at the same places: rank 0 a `MainChronicle`, the others a `Chronicle`, which
+does nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ddpm.run.files import FULL, LINES_BYTES, PASSING, DamagedFile, read_bytes, 
 from ddpm.run.log import say
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import Checkpointer
+from ddpm.training.due import Due
 from ddpm.training.mirror import Mirror
 from ddpm.training.telemetry import Telemetry
 
@@ -30,8 +32,8 @@ MAY_PASS = PASSING | FULL | {errno.EROFS}
 SAVE_AGAIN_S = 2
 
 
-class Silent:
-    """The interface of a chronicle, which does nothing here."""
+class Chronicle:
+    """What a trainer can have told or kept; here nothing is done."""
 
     def miss(self, step: int) -> None:
         """Called where training resumes at `step`: if a later step had been saved, say so and keep its metrics."""
@@ -74,17 +76,11 @@ class Silent:
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Show histograms of the gradients, by part of the network, in TensorBoard."""
 
-    def save(
-        self,
-        state: dict[str, Any],
-        *,
-        wait: bool = False,
-        final: bool = False,
-        patience_s: Callable[[], float] = lambda: 0.0,
-    ) -> bool:
+    def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False, stop_reason: str = "") -> bool:
         """Start a save of `state`; with `wait` return once it is over. False: it has failed, as far as is known.
 
-        patience_s: after an error that may pass, for how long to try again.
+        stop_reason: why training stops, if it does: such a save is tried again for a while after an error that may
+        pass.
         """
         return True
 
@@ -98,9 +94,14 @@ class Silent:
         """Called at the end of training."""
 
 
-class Chronicle(Silent):
-    """Rank 0's chronicle. owner: {"job", "restart", "host"}; is_milestone: whether the generation of a step is kept for
-    good; on_milestone: called after each save of a milestone, by the thread that made it."""
+class MainChronicle(Chronicle):
+    """The chronicle of rank 0.
+
+    owner: {"job", "restart", "host"} of this life. num_images: of the dataset, on which milestones may depend. mirror:
+    where metrics go besides; None: to W&B, if the config asks for it. on_milestone: called after each save of a
+    milestone, by the thread that made it. patience_s: for how many seconds a stop for this reason may retry its save;
+    asked after an error that may pass.
+    """
 
     def __init__(
         self,
@@ -111,14 +112,14 @@ class Chronicle(Silent):
         *,
         owner: dict[str, Any],
         world_size: int,
-        is_milestone: Callable[[int], bool],
-        mirror: Mirror | None,
-        on_milestone: Callable[[], object],
+        num_images: int,
+        mirror: Mirror | None = None,
+        on_milestone: Callable[[], object] = lambda: None,
+        patience_s: Callable[[str], float] = lambda reason: 0.0,
     ) -> None:
-        self._mirror = mirror or Mirror(run, config)
-        self._on_milestone = on_milestone
         self.config, self.run, self.fence, self.events = config, run, fence, events
-        self.owner, self.world_size, self.is_milestone = owner, world_size, is_milestone
+        self.owner, self.world_size, self.is_milestone = owner, world_size, Due(config, num_images).milestone
+        self._mirror, self._on_milestone, self.patience_s = mirror or Mirror(run, config), on_milestone, patience_s
         self._latest: dict[str, Any] = {}
         self._telemetry: Telemetry | None = None
         self._gap = ""
@@ -152,14 +153,12 @@ class Chronicle(Silent):
         if self._telemetry is not None:
             self._telemetry.close()
         self._telemetry = Telemetry(
+            self.config,
             self.run,
             step=step,
-            total_steps=self.config.train.total_steps,
-            owner=self.owner,
             logged_step=logged_step,
-            every_steps=self.config.log.every_steps,
+            owner=self.owner,
             gap=self._gap,
-            config=self.config,
             may_publish=self.fence.check,
         )
         self._gap = self._telemetry.gap
@@ -193,7 +192,7 @@ class Chronicle(Silent):
 
     def event(self, event: str, step: int, **fields: Any) -> None:
         try:
-            self.fence.check()  # under this name there may be another run by now, whose events this would enter
+            self.fence.check()  # another run may have this name by now, and its events must not get this one
             self.events.append(event, world_size=self.world_size, step=step, **fields)
         except OSError as e:
             say("event not written", event=event, step=step, error=e)
@@ -215,7 +214,7 @@ class Chronicle(Silent):
 
     def has_grid(self, step: int, attempt: int) -> bool:
         drawn = self.run.grid(step)
-        try:  # after a rollback it may be of weights that were given up
+        try:  # after a rollback the grid may be of weights that were given up
             return drawn.exists() and (attempt == 0 or _mtime(drawn) >= _mtime(self.run.manifest(step)))
         except OSError:  # gone meanwhile, or a file system that fails for a moment: drawn again, at worst
             return False
@@ -229,14 +228,7 @@ class Chronicle(Silent):
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         self.telemetry.histograms(step, values)
 
-    def save(
-        self,
-        state: dict[str, Any],
-        *,
-        wait: bool = False,
-        final: bool = False,
-        patience_s: Callable[[], float] = lambda: 0.0,
-    ) -> bool:
+    def save(self, state: dict[str, Any], *, wait: bool = False, final: bool = False, stop_reason: str = "") -> bool:
         deadline: float | None = None
         while True:
             try:
@@ -244,7 +236,7 @@ class Chronicle(Silent):
                 self.saver.save(state, wait=wait, final=final)
             except OSError as e:
                 if e.errno in MAY_PASS and deadline is None:
-                    deadline = time.monotonic() + patience_s()
+                    deadline = time.monotonic() + (self.patience_s(stop_reason) if stop_reason else 0.0)
                 again = deadline is not None and e.errno in MAY_PASS and time.monotonic() + SAVE_AGAIN_S < deadline
                 say("checkpoint failed", step=state["step"], error=e, **({"again_in_s": SAVE_AGAIN_S} if again else {}))
                 if not again:

@@ -47,7 +47,7 @@ class Due:
         """Whether to save. since_save_s: seconds since the last save, by rank 0's clock."""
         c = self.config.checkpoint
         if step >= self.config.train.total_steps:
-            return False  # the end saves by itself
+            return False  # at its end training saves in any case
         by_steps = c.every_steps is not None and step % c.every_steps == 0
         by_time = c.every_min is not None and since_save_s >= c.every_min * 60
         return by_steps or self.milestone(step) or by_time

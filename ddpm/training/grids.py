@@ -16,7 +16,7 @@ from ddpm.run.images import tile
 from ddpm.run.stopping import StopRequested
 from ddpm.sampling.denoiser import eps_of
 from ddpm.training import fitting
-from ddpm.training.chronicle import Silent
+from ddpm.training.chronicle import Chronicle
 from ddpm.training.state import TrainingState
 
 GRID_STEPS = 50
@@ -26,7 +26,7 @@ def num_steps(config: Config) -> int:
     return min(GRID_STEPS, config.diffusion.timesteps)
 
 
-def draw_and_publish(state: TrainingState, chronicle: Silent, stop_requested: StopRequested) -> str:
+def draw_and_publish(state: TrainingState, chronicle: Chronicle, stop_requested: StopRequested) -> str:
     """Draw `log.grid_images` samples with the weights of `sample.weights` on rank 0, and publish them.
 
     Called on all ranks, which agree at each step of the sampler on whether to go on: a stop may be requested of any
@@ -58,7 +58,7 @@ def draw_and_publish(state: TrainingState, chronicle: Silent, stop_requested: St
         if lacked:
             chronicle.say("no grid: it does not fit beside the steps", step=step, error=lacked)
             fitting.free(world.device)
-        while polls < num_steps(config):  # the others ask as often
+        while polls < num_steps(config):  # the other ranks have to agree as often as rank 0
             _go_on(poll)
         if drawn is not None:
             chronicle.grid(step, drawn)

@@ -11,15 +11,24 @@ import torch
 from ddpm.config.train import divisors
 from ddpm.errors import lacks_gpu_memory
 from ddpm.training import fitting
+from ddpm.training.chronicle import Chronicle
 from ddpm.training.step import Step
 
 MOST_VALUES = 100_000
-"""Of a part of the network; of more, evenly chosen ones."""
+"""Values that are shown of a part of the network; of a larger part, so many evenly spaced ones."""
+
+
+def show(step: Step, chronicle: Chronicle) -> None:
+    """Show them of the step just taken; where not one image fits beside the steps, say so instead."""
+    found = of_gradients(step)
+    if not found:
+        chronicle.say("no histograms: not one image fits beside the steps", step=step.state.at.step)
+    chronicle.histograms(step.state.at.step, found)
 
 
 def of_gradients(step: Step) -> dict[str, np.ndarray]:
-    """Finite values by part of the network, of as many images of this rank's next step as it holds at a time; of fewer
-    where these do not fit beside its recorded steps; none where not one does."""
+    """The finite values by part of the network, from a micro-batch of this rank's next step, or from fewer images where
+    it does not fit beside the recorded steps; {} if not one image does."""
     for num in divisors(step.micro)[::-1]:
         try:
             return _of_gradients(step, num)

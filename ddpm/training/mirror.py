@@ -59,7 +59,7 @@ class Mirror:
                     config=self._config.model_dump(mode="json"),
                     settings=wandb.Settings(silent=True, console="off", disable_git=True),
                 )
-            self._there.define_metric("*", step_metric="step")  # its own steps never go back, as a later life's do
+            self._there.define_metric("*", step_metric="step")  # W&B's own never goes back, as a life's does
             if self._there.offline:
                 say("wandb is offline; where there is a network:", type=sync_command(self._run))
         return self._there
@@ -73,7 +73,7 @@ class Mirror:
     def _try(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as e:  # whatever another's service does
+        except Exception as e:  # whatever a foreign service may do
             self._works = False
             say("wandb is left out from now on", error=f"{type(e).__name__}: {e}"[:300])
 

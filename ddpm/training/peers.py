@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 TIMED_OUT = re.compile(r"^(?=.*(?:\bgloo\b|NCCL|Dist\w*Error|Operation)).*\btimed? ?out", re.I | re.S)
 CLOSED = re.compile(r"gloo/transport/tcp/|(?:closed|reset) by peer|likely closed|Broken pipe|ncclRemoteError")
-"""In torch's errors, mostly plain RuntimeErrors, where another rank does not answer, or died."""
+"""What torch's errors say, mostly plain RuntimeErrors, when another rank does not answer, or died."""
 ROLL_CALL = 0.05
 """How long ranks that waited in vain are given to say so, as a part of that time: they may not have begun together."""
 POLL_S = 0.2
 
 HostOf = Callable[["dict[int, str]"], "dict[int, str]"]
-"""From where some ranks are to where others are, as far as that is known."""
+"""(rank -> host of those that came) -> rank -> host of the others, as far as these are known."""
 
 
 class Peers:
@@ -44,12 +44,13 @@ class Peers:
             self.store.set(f"host/{rank}", host)
             silent = _within(timeout_s + 1, self._await_all)
             if silent is None:
-                silent = [0]  # who has the store
+                silent = [0]  # nobody answered: then rank 0, which has the store, is silent
             if silent:
                 where = host_of(self._hosts)
                 self._lost({r: where.get(r, "") for r in silent}, f"did not come within {timeout_s:g} s")
 
     def _meet(self, address: str, port: int, host_of: HostOf) -> dist.Store:
+        """Rank 0's store: torchrun's, if it has started these ranks. Raises RanksLost if it cannot be reached."""
         patience = timedelta(seconds=self.timeout_s)
         if dist.is_torchelastic_launched():  # torchrun has one
             there = f"[{address}]" if ":" in address else address
@@ -81,7 +82,7 @@ class Peers:
                     where = {rank: self._hosts.get(rank, "") for rank in silent}
                     self._lost(where, f"did not answer for {self.timeout_s:g} s")
                 raise
-        except RuntimeError as e:  # of asking for the others, too: rank 0, who has the store, may have left
+        except RuntimeError as e:  # also while the store was asked: rank 0, which has it, may have left
             if not (_timed_out(e) or CLOSED.search(str(e))):
                 raise
             said = re.sub(r"^\[\S+:\d+\] ", "", str(e).strip()).partition("\n")[0].partition(". ")[0]
@@ -103,7 +104,7 @@ class Peers:
             return self._silent("waits", patience_s)
 
         silent = _within(patience_s + 1, ask)
-        return [0] if silent is None else silent  # rank 0 has the store
+        return [0] if silent is None else silent  # no answer from the store, which rank 0 has
 
     def _silent(self, word: str, patience_s: float) -> list[int]:
         """The ranks that have not said `word` within `patience_s`."""
@@ -116,7 +117,7 @@ class Peers:
 
     def _lost(self, at: dict[int, str], why: str) -> NoReturn:
         if self.rank == 0:
-            time.sleep(5 * POLL_S)  # others are about to ask for the same
+            time.sleep(5 * POLL_S)  # the other ranks are about to ask the store too
         raise RanksLost.silent(at, why) from None
 
 

@@ -41,7 +41,7 @@ def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence, log: 
         log(f"unproved {path}: it fits the config, but no event tells of its save: if another run of the same "
             f"config, seed and all, saved it on other images, nothing would show it")  # fmt: skip
     ema = {}
-    if run.ema_weights(step).exists():  # whatever it holds: what it must hold is known
+    if run.ema_weights(step).exists():  # whatever it holds now: what it must hold is in the .pt
         ema = {"ema_sha256": hashlib.sha256(ema_bytes(state["ema"], step)).hexdigest()}
     by = {"world_size": told[-1].get("world_size") if told else None, "fence": fence.token, "created": now()}
     own = identity(run) if saved else {}
@@ -52,6 +52,7 @@ def rebuild_manifest(run: RunDir, step: int, config: Config, fence: Fence, log: 
 
 
 def _proved(run: RunDir, step: int, config: Config) -> dict[str, Any]:
+    """The state in the .pt of `step`. Raises DamagedFile if it does not pass the checks."""
     path = run.checkpoint(step)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -73,7 +74,7 @@ def _proved(run: RunDir, step: int, config: Config) -> dict[str, Any]:
 
 
 def _wrong(state: dict[str, Any], step: int, config: Config) -> str:
-    """In what a loaded state differs from what this run's must be at `step`, or ""."""
+    """For a message: how a loaded state differs from what this run's must be at `step`; "" if it does not."""
     if state["step"] != step or state["images"] != step * config.train.global_batch:
         return f"holds step {state['step']} after {counted(state['images'], 'image')}"
     if state["config_digest"] != config.digest():
@@ -85,7 +86,7 @@ def _wrong(state: dict[str, Any], step: int, config: Config) -> str:
             return f"its {part} is not of the config's shapes"
         if not all(bool(value.isfinite().all()) for value in state[part].values()):
             return f"its {part} is not finite"
-    # groups may have another order than the network
+    # parameter groups may be in another order than the network's parameters
     moments, of = state["optimizer"]["state"], [p.shape for p in model.parameters()]
     kept = [value for named in moments.values() for value in named.values() if isinstance(value, torch.Tensor)]
     if moments.keys() not in (set(), {*range(len(of))}) or any(value.shape not in (*of, ()) for value in kept):

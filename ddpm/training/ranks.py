@@ -26,8 +26,8 @@ RANK_TIMEOUT_S = 600
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """What carries tensors between ranks, by the kind of their device."""
 BEFORE_NCCL = 0.9
-"""Of the time after which NCCL's watchdog ends a process without naming a rank: how long one waits for others' words
-where gradients go by NCCL."""
+"""Part of the time-out for which a rank waits for the others' small messages where gradients go by NCCL, whose watchdog
+ends the process at the whole of it, and names no rank."""
 
 
 def stop_code(stop_requested: StopRequested) -> int:
@@ -164,5 +164,6 @@ def join(
 
 
 def leave() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Moved = tuple[Tensor, Tensor, Tensor]
 """Loss float32 (), the gradient's norm float32 (), whether both are finite bool ()."""
-
-
 _PIECE = 4
 """A gradient begins at a multiple of so many elements of the buffer: a GPU reads 16 bytes at a time."""
 

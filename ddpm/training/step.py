@@ -23,6 +23,7 @@ from ddpm.data.batches import Batches, Parts, Ring, sent
 from ddpm.data.whole import PackedImages, Watch
 from ddpm.diffusion import rng, schedule
 from ddpm.diffusion.forward import Diffusion
+from ddpm.network import fused
 from ddpm.network.device import Later, Resolved, autocast
 from ddpm.network.prepared import Prepared
 from ddpm.training.optimizer import learning_rate
@@ -34,8 +35,7 @@ from ddpm.training.update import Update, is_adam, serves
 LEFT_SHARE = 16
 """Of a GPU's memory this part is left where it is tried out how many images fit."""
 MOST_SKIPPED = 100
-"""After so many overflows of fp16 gradients in a row, each at half the loss scale before, the scale is not the
-cause."""
+"""After so many overflows of fp16 gradients in a row the loss scale, which each of them halves, is not the cause."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Given:
     lr: float | torch.Tensor
     parts: Parts
     share: torch.Tensor | None = None
-    """By how much of its way to the weights their average moves; None on a CPU, where EMA.update knows it."""
+    """Which part of its way to the weights their average moves, float32 (); None on a CPU, where EMA.update knows
+    it."""
 
 
 class Step:
@@ -58,7 +59,7 @@ class Step:
         self.config, self.world, self.packed, self.resolved, self.state = config, world, packed, resolved, state
         self.share = config.train.global_batch // world.world_size
         self.micro = self.share // check_world_size(config, world.world_size)
-        if resolved.micro_batch is not None:  # found at another number of ranks, perhaps
+        if resolved.micro_batch is not None:  # perhaps by a life with another number of ranks
             self.micro = max(d for d in divisors(self.share) if d <= resolved.micro_batch)
         self.diffusion = Diffusion(schedule.build(config.diffusion)).to(world.device)
         self.gpu = world.device.type == "cuda"
@@ -67,6 +68,7 @@ class Step:
         self.begin_attempt()
 
     def _network(self) -> tuple[Any, Exchange | None]:
+        """What computes the network here, and what exchanges gradients; None: one rank alone, or DDP does it."""
         state, world = self.state, self.world
         if self.resolved.compile:
             network: Any = torch.compile(state.model)
@@ -76,9 +78,16 @@ class Step:
             return network, None
         if self.gpu:  # what is replayed cannot hold DDP's hooks
             exchange = Exchange(state.model.parameters(), world)
-            exchange()  # connects the ranks, which takes memory: before it is tried out how many images fit
+            exchange()  # connects the ranks, which takes memory: so before it is tried how many images fit
             return network, exchange
         return DistributedDataParallel(network, gradient_as_bucket_view=True), None
+
+    def choose_kernels(self) -> None:
+        """Decide by which kernels the network is computed. Call it only once the compiled kernels of an earlier life
+        are in place, since it may compile some to try them."""
+        own = self.resolved.kernels == "own" and fused.serve(self.state.model, self.world.device)
+        for model in (self.state.model, self.state.ema.model):
+            fused.choose(model, own)
 
     def begin_attempt(self) -> None:
         """Use the random streams of the state's attempt from here on: called when a life resumes, and after a
@@ -273,16 +282,18 @@ class Step:
 
     @property
     def own(self) -> Update | None:
-        """What updates here by kernels of this project, where layers have some too: not on a CPU."""
+        """The update by kernels of this project, where the network is computed by some too; None elsewhere, as on a
+        CPU."""
         state = self.state
         if self._own is None and self._all_have_own:
-            adam = not state.scaler.is_enabled() and is_adam(state.optimizer, state.model)  # else a scaler decides
+            adam = not state.scaler.is_enabled() and is_adam(state.optimizer, state.model)  # a scaler decides itself
             self._own = Update(state.model, state.ema.model, state.optimizer, adam=adam, max_norm=self._max_norm)
         return self._own
 
     @cached_property
     def _all_have_own(self) -> bool:
-        """Whether they serve on all ranks, whose weights would come apart if some took torch's. Called on all ranks."""
+        """Whether these kernels serve on all ranks: weights would drift apart if some took torch's. Called on all
+        ranks."""
         if not self.gpu:
             return False
         serve = self.resolved.kernels == "own" and serves(self.world.device)
@@ -293,7 +304,7 @@ class Step:
         return self.config.train.grad_clip or math.inf
 
     def recorded(self) -> None:
-        """Called between the recording of a step and its first replay."""
+        """Called after a step was recorded, and before it is first replayed."""
         if self._own is not None:
             self._own.tell()
 

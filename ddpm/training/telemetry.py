@@ -27,50 +27,47 @@ BOARD_AGAIN_AFTER_S = 60.0
 
 
 class Telemetry:
-    """What rank 0 tells the world about a run. Opened at the step that training goes on from.
+    """What rank 0 tells the world about a run. Opened at the `step` from which training goes on.
 
-    logged_step: step of the last line before `step`; every_steps: steps between lines. A gap between lines is logged,
-    unless it is `gap`, which this life has logged before.
-    config: shown in TensorBoard.
-    may_publish: called before a file appears; raises if a later job has taken the run over.
+    logged_step: the step of the last line of metrics at or before `step`. gap: the gap between lines that this life has
+    reported already, or ""; another one is reported. may_publish: called before a file appears; raises if a later job
+    has taken the run over.
     """
 
     def __init__(
         self,
+        config: Config,
         run: RunDir,
         *,
         step: int,
-        total_steps: int,
-        owner: dict[str, Any],
         logged_step: int,
-        every_steps: int,
+        owner: dict[str, Any],
         gap: str = "",
-        config: Config,
         may_publish: Callable[[], None],
     ) -> None:
-        self._run, self._total_steps, self._owner, self._may_publish = run, total_steps, owner, may_publish
-        self.gap, self._config = gap, config
-        self._trim(step, logged_step, every_steps)
+        self._config, self._run, self._owner, self._may_publish = config, run, owner, may_publish
+        self._total_steps, self.gap = config.train.total_steps, gap
+        self._trim(step, logged_step)
         self._metrics: BinaryIO = run.metrics.open("a+b", buffering=0)
         self._unwritten = b""
         self._board: Any = None
         self._board_at = 0.0
         self._first_step = step
-        self._grids: list[int] = []  # of this life
+        self._grids: list[int] = []  # drawn in this life
         self._heartbeat_at = 0.0
         self._inode = place_of(run)
         self._refused: dict[str, str] = {}
-        self._bar = _bar(total_steps, step) if sys.stderr.isatty() else None
+        self._bar = _bar(self._total_steps, step) if sys.stderr.isatty() else None
 
-    def _trim(self, step: int, logged_step: int, every_steps: int) -> None:
+    def _trim(self, step: int, logged_step: int) -> None:
         """Drop lines past the resumed step, which will be written again with the same values; move unreadable lines
         aside.
 
-        Always writes a new file: what an orphan of an earlier life still appends goes to the old one, which has no
-        name.
+        Always writes a new file: what a process of an earlier life still appends then goes to the old file, which no
+        longer has a name.
         """
         kept = self._lines_up_to(step)
-        gap = missing_lines(kept, every_steps, logged_step=logged_step)
+        gap = missing_lines(kept, self._config.log.every_steps, logged_step=logged_step)
         if gap and gap != self.gap:
             say(f"{gap}: the file was damaged; training goes on without them")
             self.gap = gap
@@ -157,9 +154,8 @@ class Telemetry:
                 images_per_s=f"{record['images_per_s']:.1f}",
             )
         else:
-            losses = " ".join(
-                [f"loss {record['loss']:.4f}", *(f"validation {v}" for v in _validation(record).values())]
-            )
+            losses = f"loss {record['loss']:.4f}"
+            losses += "".join(f" validation {loss}" for loss in _validation(record).values())
             self._bar.update(0, description=f"{losses}  {record['images_per_s']:.0f} img/s")
 
     def lacks(self, step: int, key: str) -> bool:
@@ -215,8 +211,7 @@ class Telemetry:
         record = {"time": now(), "step": step, "total_steps": self._total_steps, **self._owner, "inode": self._inode}
         record |= {key: latest.get(key) for key in ("loss", "images_per_s")}
         self._try(
-            "heartbeat",
-            lambda: write_json(self._run.heartbeat, record, replace=True, may_publish=self._may_publish),
+            "heartbeat", lambda: write_json(self._run.heartbeat, record, replace=True, may_publish=self._may_publish)
         )
 
     def grid(self, step: int, grid: np.ndarray) -> None:
@@ -230,7 +225,7 @@ class Telemetry:
             self._try("grid", lambda: self._show_grid(step, read_png(self._run.grid(step))))
 
     def _show_grid(self, step: int, grid: np.ndarray) -> None:
-        if step > self._first_step:  # an image of that step is not hidden by a new file's
+        if step > self._first_step:  # earlier ones are in earlier event files, which this life's does not hide
             self._grids.append(step)
         self._try("tensorboard", lambda: self._show(lambda board: add_grid(board, step, grid)))
         self.flush_board()

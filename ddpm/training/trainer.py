@@ -10,27 +10,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from ddpm.config.schema import Config
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, EnvironmentLacks
-from ddpm.network import fused
 from ddpm.network.arithmetic import utilization
 from ddpm.network.device import Later, Resolved, name_of
 from ddpm.network.start import read_start
 from ddpm.network.weights import misfits
 from ddpm.run import generations
-from ddpm.run.events import EventLog, read_events_and_damage
-from ddpm.run.fence import Fence
+from ddpm.run.events import read_events_and_damage
 from ddpm.run.log import counted, say
 from ddpm.run.paths import RunDir
 from ddpm.run.stopping import STOP_REASONS, StopRequested
 from ddpm.training import fitting, grids, histograms
-from ddpm.training.chronicle import Chronicle, Silent
+from ddpm.training.chronicle import Chronicle
 from ddpm.training.due import Due
 from ddpm.training.meter import Meter
-from ddpm.training.mirror import Mirror
 from ddpm.training.progress import Progress
 from ddpm.training.ranks import World, stop_code
 from ddpm.training.state import TrainingState
@@ -51,7 +46,7 @@ class Outcome:
 class Trainer:
     """One life of one run on one rank.
 
-    fence, events: on rank 0; None on the others. start: `from` of run.json, the weights that the run starts from; None:
+    chronicle: on rank 0 a `MainChronicle`. start: `from` of run.json, the weights that the run starts from; None:
     random ones. held_out: images to validate on; None: no validation.
     """
 
@@ -62,44 +57,25 @@ class Trainer:
         world: World,
         packed: PackedImages,
         resolved: Resolved,
+        chronicle: Chronicle,
         *,
-        fence: Fence | None,
-        events: EventLog | None,
-        owner: dict[str, Any],
         start: dict[str, Any] | None = None,
         held_out: PackedImages | None = None,
-        mirror: Mirror | None = None,
-        on_milestone: Callable[[], object] = lambda: None,
     ) -> None:
+        self.config, self.run, self.world, self.resolved, self.chronicle = config, run, world, resolved, chronicle
         self._start = start
-        self.config, self.run, self.world, self.resolved = config, run, world, resolved
         self.state = TrainingState(config, world, resolved.amp)
         self.step = Step(config, world, packed, resolved, self.state)
         self.held_out = HeldOut(config, held_out, self.step.diffusion) if held_out is not None else None
         share = utilization(config, name_of(world.device), resolved.amp)
         self.due, self.meter = Due(config, len(packed)), Meter(len(packed), share)
-        assert (fence is None) == (events is None), "rank 0 has both, and no other has either"
-        self.chronicle = Silent()
-        if fence is not None and events is not None:
-            self.chronicle = Chronicle(
-                config,
-                run,
-                fence,
-                events,
-                owner=owner,
-                world_size=world.world_size,
-                is_milestone=self.due.milestone,
-                mirror=mirror,
-                on_milestone=on_milestone,
-            )
         self.warm = self._stepped = False
         self._beginning = "started"
-        # whether the last step was finite, and the one before it: values of a device, read one step late
+        # whether loss and gradient of the last step were finite, and of the one before it: read one step late
         self._finite: Later | None = None
         self._finite_before: Later | None = None
         self._asked: Callable[[], list[int]] | None = None
         self._saved_at = time.monotonic()
-        self._patience_s: Callable[[str], float] = lambda reason: 0.0
 
     @property
     def at(self) -> Progress:
@@ -127,16 +103,19 @@ class Trainer:
             self.chronicle.say("resumed", step=step, world_size=self.world.world_size)
 
     def _attempts_told(self) -> int:
+        """On rank 0: the last attempt that the run's events tell of."""
         events, damage = read_events_and_damage(self.run)
         for what in damage:
             self.chronicle.say(f"{what}: left out")
         told = (e.get("attempt", 0) for e in events if e["event"] == "rollback")
-        return max(told, default=0)  # no sum: an orphan may have told of the same one
+        return max(told, default=0)  # no sum: two lives may have told of the same rollback
 
     def _newest(self) -> int | None:
+        """The step of the newest good generation, as rank 0 finds it; None if nothing was ever saved."""
         return self.world.of_main(lambda: found.step if (found := generations.newest_good(self.run, say)) else None)
 
     def _restore(self, step: int) -> None:
+        """Load the generation of `step`. Raises DoNotRetry if this config or this code cannot go on with it."""
         saved = generations.load(self.run, step, mapped=self.world.is_main)
         if saved["config_digest"] != self.config.digest():
             raise DoNotRetry(
@@ -176,22 +155,11 @@ class Trainer:
         """
         if self.config.train.micro_batch != "auto" or self.resolved.micro_batch is not None:
             return None
-        self._choose_kernels()
+        self.step.choose_kernels()
         found = fitting.fit(self.step)
         self.resolved = replace(self.resolved, micro_batch=found)
         self.chronicle.say("train.micro_batch=auto", images_at_a_time=found, of=self.step.share)
         return found
-
-    @property
-    def compiles(self) -> bool:
-        """Whether `warm_up` compiles something: the network, or kernels for it."""
-        return self.resolved.compile or self.resolved.kernels == "own"
-
-    def _choose_kernels(self) -> None:
-        """Decide which kernels to use. Only here, since an earlier life's compiled kernels must be in place first."""
-        own = self.resolved.kernels == "own" and fused.serve(self.state.model, self.world.device)
-        for model in (self.state.model, self.state.ema.model):
-            fused.choose(model, own)
 
     def warm_up(self, stop_requested: StopRequested) -> None:
         """One forward and backward whose gradients are thrown away; skipped if a stop was requested before.
@@ -201,31 +169,27 @@ class Trainer:
         first step gives every life the same order. Call it before each `train`, since a life may go on after a stop;
         only the first call does anything.
         """
-        wanted = not self.warm and (self.world.world_size > 1 or self.compiles)
+        wanted = not self.warm and (self.world.world_size > 1 or self.resolved.compiles)
         if not wanted or self.state.is_last or self.world.agreed_stop(stop_requested):
             return
-        self._choose_kernels()
+        self.step.choose_kernels()
         fitting.first(self.step, self.step.warm_up)
         self.warm = True
 
     # ------------------------------------------------------------ the loop
 
-    def train(self, stop_requested: StopRequested, patience_s: Callable[[str], float] = lambda reason: 0.0) -> Outcome:
+    def train(self, stop_requested: StopRequested) -> Outcome:
         """Take steps until the end or an agreed stop; both leave a verified checkpoint.
-
-        patience_s: for how many seconds a stop for a given reason may retry its save; called on rank 0 after an error
-        that may pass.
 
         Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out), EnvironmentLacks (the data was
         overwritten while it was mapped). A stop whose save failed is reported as `saved=False`.
         """
-        self._patience_s = patience_s
-        self._choose_kernels()
+        self.step.choose_kernels()
         if not self.state.is_last and (reason := self.world.agreed_stop(stop_requested)):
             return self._stop(reason)  # asked for while starting up
         self.chronicle.event(self._beginning, self.at.step)
         self._beginning = "resumed"
-        # for the last life's last step, if a stop came before it was validated or drawn
+        # if a stop ended the last life before its last step was validated or drawn
         if reason := self._validate_late(stop_requested):
             return self._stop(reason)
         if self.due.grid(self.at.step) and (reason := self._grid(stop_requested)):
@@ -250,25 +214,21 @@ class Trainer:
                 self.save()
             if self.due.histogram(self.at.step):
                 if self.world.is_main:
-                    found = histograms.of_gradients(self.step)
-                    if not found:
-                        self.chronicle.say("no histograms: not one image fits beside the steps", step=self.at.step)
-                    self.chronicle.histograms(self.at.step, found)
+                    histograms.show(self.step, self.chronicle)
                 self.meter.restart(self.at.step)
             if self.due.grid(self.at.step) and (reason := self._grid(stop_requested)):
                 return self._stop(reason)
         return self._finish(stop_requested)
 
     def _agree(self, stop_requested: StopRequested, at_total: bool) -> tuple[str, bool, bool]:
-        """Called after a step on all ranks, which agree on: why to stop, or ""; whether to roll back; whether to
-        save."""
+        """Called on all ranks after a step; returns what they agree on: (why to stop, or ""; whether to roll back;
+        whether to save)."""
         step, world = self.at.step, self.world
-        # what others ask is heard one step late, so that nothing waits for them, and before a device is waited for,
-        # which never ends where a rank hangs
+        # what other ranks have asked for is heard one step late, so that no step waits for them. It is heard before
+        # this rank waits for its device, which would never answer if a rank hangs
         code, any_bad, any_save = self._asked() if self._asked else (0, 0, 0)
-        # device values are read one step late, so that a GPU never waits for this; at the end there is no later
+        # device values are read one step late too, so that a GPU never idles; after the last step there is no later
         bad = _is_bad(self._finite_before) or (at_total and _is_bad(self._finite))
-        # the clock is rank 0's
         by_clock = self.due.save(step, time.monotonic() - self._saved_at if world.is_main else 0)
         asked = world.agree_later([stop_code(stop_requested), int(bad), int(by_clock)])
         if world.world_size == 1:
@@ -277,7 +237,7 @@ class Trainer:
             self._asked = asked
         save_due = bool(any_save) or self.due.save(step, 0)
         if (code or save_due or at_total or self.due.log(step) or self.due.grid(step)) and not any_bad:
-            # nothing is kept of a step not known as good
+            # what follows keeps or shows this step, so it must be known to be good
             self._asked = None
             damage = self.step.watch.damage()
             bad = _is_bad(self._finite_before) or _is_bad(self._finite)
@@ -305,23 +265,10 @@ class Trainer:
         return reason
 
     def _validate(self, held_out: HeldOut, stop_requested: StopRequested) -> tuple[float | None, str]:
-        """`HeldOut.loss`, not counted in the measured speed; none where it does not fit beside the steps. Ends
-        validation for this life if its images were overwritten."""
-        loss, reason, lacked = None, "", ""
-        try:
-            loss, reason = held_out.loss(self.state, stop_requested)
-        except torch.OutOfMemoryError as e:
-            lacked = str(e)
-        if lacked:
-            self.chronicle.say("no validation: it does not fit beside the steps", step=self.at.step, error=lacked)
-            fitting.free(self.world.device)
-        damage = "" if loss is None else held_out.watch.damage()
-        if self.world.agree([int(bool(damage))])[0]:
-            why = damage or "what another rank reads was overwritten while it was mapped"
-            self.chronicle.say(f"no validation from here on in this life: {why}", step=self.at.step)
-            self.held_out = loss = None
+        """As `HeldOut.validate`; the time that it takes does not count in the measured speed."""
+        found = held_out.validate(self.state, self.chronicle, stop_requested)
         self.meter.restart(self.at.step)
-        return loss, reason
+        return found
 
     def _validate_late(self, stop_requested: StopRequested) -> str:
         """Add the loss on held-out images to this step's line if an earlier life wrote it without; returns the reason
@@ -338,15 +285,15 @@ class Trainer:
 
     # ------------------------------------------------------------ saving, stopping, rolling back
 
-    def save(self, *, wait: bool = False, final: bool = False, patience_s: Callable[[], float] = lambda: 0.0) -> bool:
+    def save(self, *, wait: bool = False, final: bool = False, stop_reason: str = "") -> bool:
         """As `Chronicle.save`; called on all ranks."""
         self._saved_at = time.monotonic()
-        return self.chronicle.save(self.state.state_dict(), wait=wait, final=final, patience_s=patience_s)
+        return self.chronicle.save(self.state.state_dict(), wait=wait, final=final, stop_reason=stop_reason)
 
     def _stop(self, reason: str) -> Outcome:
         step = self.at.step
         self.chronicle.event("stop_requested", step, reason=reason)
-        saved = self.world.broadcast(self.save(wait=True, patience_s=lambda: self._patience_s(reason)))
+        saved = self.world.broadcast(self.save(wait=True, stop_reason=reason))
         self.chronicle.alive(step, force=True)
         self.chronicle.rest()
         self.chronicle.say("stopped", reason=reason, step=step, saved=saved)

@@ -24,7 +24,7 @@ from ddpm.training.optimizer import bare
 from ddpm.training.progress import Window
 
 _WORD_BYTES = 16
-"""That a GPU reads at a time, where they lie together."""
+"""Bytes that a GPU reads at a time, if they lie together."""
 _NONE: Mapping[nn.Parameter, Tensor] = MappingProxyType({})
 
 
@@ -51,7 +51,7 @@ class Update:
             assert p.data_ptr() % _WORD_BYTES == 0 and p.dtype == torch.float32
             e.data = _as_it_lies(e.detach(), p)
         weights, averages = list(self._parameters), list(average.parameters())
-        first, second = self._moments(optimizer) if adam else (weights, weights)  # not looked at
+        first, second = self._moments(optimizer) if adam else (weights, weights)  # the kernels do not look at them
         self._find_chunks([p.numel() for p in weights])
         columns = [self._addresses([t.data_ptr() for t in tensors]) for tensors in (weights, first, second, averages)]
         device = weights[0].device
@@ -77,7 +77,8 @@ class Update:
         return [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
 
     def _find_chunks(self, sizes: Sequence[int]) -> None:
-        """`_of`: whose a chunk is; `_begin`: at which of its bytes it begins; `_sizes`: its elements."""
+        """Divide the tensors into chunks. `_of`: the tensor of each chunk; `_begin`: its first element there; `_sizes`:
+        how many elements it has."""
         most, of_each = self._kernels.CHUNK, np.array(sizes)
         chunks = -(-of_each // most)
         self._of = np.repeat(np.arange(len(sizes)), chunks)
@@ -85,8 +86,8 @@ class Update:
         self._begin, self._sizes = first * most, np.minimum(of_each[self._of] - first * most, most)
 
     def _addresses(self, begins: Sequence[int], narrow: Sequence[bool] | None = None) -> np.ndarray:
-        """Where each chunk begins, int64 (chunks,), of tensors that begin there. narrow: which are in bf16, and so told
-        by an odd address."""
+        """The address of each chunk, int64 (chunks,), from those of the tensors. narrow: which tensors are in bf16: the
+        kernels know them by an odd address."""
         odd = np.array(narrow)[self._of] if narrow else np.zeros(len(self._of), np.int64)
         found: np.ndarray = np.array(begins)[self._of] + self._begin * np.where(odd, 2, 4) + odd
         return found
@@ -104,7 +105,7 @@ class Update:
         for p in self._parameters:
             g = narrow.get(p, p.grad)
             assert g is not None and g.dtype in (p.dtype, torch.bfloat16), "a parameter has no gradient"
-            whole = p.numel() >= self._kernels.CHUNK  # else its elements are read one by one
+            whole = p.numel() >= self._kernels.CHUNK  # of a smaller tensor the elements are read one by one
             gradients.append(_as_it_lies(g, p, _WORD_BYTES if whole else g.itemsize))
         self._wanted = [(g.data_ptr(), g.dtype == torch.bfloat16) for g in gradients]
         if not recording(loss.device):
@@ -152,7 +153,7 @@ class Update:
         begins, narrow = zip(*self._wanted, strict=True)
         addresses = torch.from_numpy(self._addresses(begins, narrow))
         if self._gradients.is_cuda:
-            addresses = addresses.pin_memory()  # its memory is used by nobody else until it was copied
+            addresses = addresses.pin_memory()  # pinned memory is not used again before the copy is done
         self._gradients.copy_(addresses, non_blocking=True)
         self._told = self._wanted
 
@@ -171,12 +172,12 @@ def is_adam(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
 
 @functools.cache
 def serves(device: torch.device) -> bool:
-    """Whether this is what updates on the device: on a GPU on which it was seen to work, with a warning on others."""
+    """Whether these kernels work on the device: on a GPU they are tried once, and a warning says why they do not."""
     if not work_on(device):
         return False
     try:
         check(device)
-    except Exception as e:  # of Triton, of the compiler that it calls, or of a driver
+    except Exception as e:  # from Triton, from the compiler that it calls, or from a driver
         warnings.warn(f"updates on {device} take torch's kernels: {type(e).__name__}: {e}", stacklevel=2)
         return False
     return True

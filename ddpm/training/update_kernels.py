@@ -18,7 +18,7 @@ ROW = 5
 """Numbers of a chunk in the table of places, int64 (chunks, 5): addresses of the weights, of both moments and of the
 average, and how many elements there are."""
 SUMMED = 4096
-"""Of chunks' sums, at a time."""
+"""How many of the chunks' sums are added at a time."""
 _ANY = ["chunks", "counters"]
 """Numbers of which no value has a kernel of its own."""
 
@@ -43,7 +43,7 @@ def _gradient(address, i, inside, WHOLE: tl.constexpr):
         begin = (address - 1).to(tl.pointer_type(tl.uint16))
         begin = tl.multiple_of(begin, 16) if WHOLE else begin
         half = tl.load(begin + i, mask=inside, other=0).to(tl.uint32)
-        g = (half << 16).to(tl.float32, bitcast=True)  # not every GPU has the type
+        g = (half << 16).to(tl.float32, bitcast=True)  # not every GPU has bf16
     else:
         g = tl.load(_at(address, i, WHOLE), mask=inside, other=0.0)
     return g
@@ -108,7 +108,7 @@ def factors_kernel(
     rate = tl.load(lr)
     all_losses = tl.load(sum_of_losses) + of_loss
     all_norms = tl.load(sum_of_norms) + tl.where(norm_is_finite, of_all, 0.0)
-    tl.debug_barrier()  # all that is changed here was read by all threads
+    tl.debug_barrier()  # all threads have read what is changed from here on
     tl.store(counts + parameter, count + taken, mask=parameter < counters)
     tl.store(sum_of_losses, all_losses)
     tl.store(sum_of_norms, all_norms)

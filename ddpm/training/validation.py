@@ -1,7 +1,7 @@
 """The loss on images that training never sees: the same images at the same timesteps and noise each time.
 
 So it changes with the weights alone, and can be compared between steps, lives and runs. Must not know: when it is due,
-and where it is written.
+and into which line of metrics it goes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from ddpm.diffusion.forward import Diffusion
 from ddpm.errors import lacks_gpu_memory
 from ddpm.run.stopping import StopRequested
 from ddpm.sampling.denoiser import LabelledEpsModel, eps_of
+from ddpm.training import fitting
+from ddpm.training.chronicle import Chronicle
 from ddpm.training.state import TrainingState
 
 NUM_IMAGES = 1024
@@ -35,10 +37,32 @@ class HeldOut:
 
     def __init__(self, config: Config, packed: PackedImages, diffusion: Diffusion) -> None:
         self._config, self._packed, self._diffusion = config, packed, diffusion
-        self.watch = Watch(packed)
+        self._watch, self._overwritten = Watch(packed), False
         usable = np.flatnonzero(packed.labels >= 0) if config.model.num_classes else np.arange(len(packed))
         self._num = min(NUM_IMAGES, len(usable))
         self._chosen = usable[np.arange(self._num) * len(usable) // max(1, self._num)]
+
+    def validate(
+        self, state: TrainingState, chronicle: Chronicle, stop_requested: StopRequested
+    ) -> tuple[float | None, str]:
+        """`loss`, where it can be had: (None, "") if it does not fit beside the steps, and from then on if the images
+        were overwritten. The chronicle is told of either."""
+        if self._overwritten:
+            return None, ""
+        loss, reason, lacked = None, "", ""
+        try:
+            loss, reason = self.loss(state, stop_requested)
+        except torch.OutOfMemoryError as e:
+            lacked = str(e)
+        if lacked:
+            chronicle.say("no validation: it does not fit beside the steps", step=state.at.step, error=lacked)
+            fitting.free(state.world.device)
+        damage = "" if loss is None else self._watch.damage()
+        if state.world.agree([int(bool(damage))])[0]:
+            why = damage or "what another rank reads was overwritten while it was mapped"
+            chronicle.say(f"no validation from here on in this life: {why}", step=state.at.step)
+            self._overwritten, loss = True, None
+        return loss, reason
 
     def loss(self, state: TrainingState, stop_requested: StopRequested) -> tuple[float | None, str]:
         """(mean loss, "") with the weights of `sample.weights`, in eval mode; called on all ranks, which share the

@@ -16,10 +16,10 @@ from ddpm.run.log import amount, counted
 from launch.checkup.finding import Finding, Findings, judged
 
 BYTES_PER_PARAMETER = 16
-"""Of a checkpoint: weights, their average and Adam's two moments, float32."""
+"""Bytes of a checkpoint for each parameter: weights, their average and Adam's two moments, in float32."""
 PROBE_BYTES = 64 << 20
 FILES_OF_A_RUN = 2_000
-"""Its sets, shards, logs and the data's cache, generously."""
+"""Generously: of its sets, shards and logs, and of the data's cache."""
 FETCHED = {
     "cifar10": "cifar-10-python.tar.gz",
     "inception": "pt_inception-2015-12-05-6726825d.pth",
@@ -107,7 +107,7 @@ def is_packed(name: str, cache: Path) -> bool:
 
 
 def _weights(extractor: str, cache: Path) -> Findings:
-    """Those that scores need; a training needs none."""
+    """Findings about the weights that scores need; training needs none."""
     if extractor not in FETCHED:
         return
     name, where = extractor.capitalize(), cache / "weights" / FETCHED[extractor]

@@ -14,7 +14,7 @@ TOLD = ("cluster", "partition", "account", "time", "gpus_per_node")
 
 
 def draft(site: Site) -> str:
-    """Its text: what is asked for, and what else is known."""
+    """The text of a profile: what is asked for, and what else is known of the site."""
     asked = site.model_dump(mode="json", exclude_defaults=True)
     site = settle(site, dry_run=False)
     there = scheduler.partitions()

@@ -86,7 +86,7 @@ def interface_towards(address: str) -> str | None:
     """The network interface by which this node reaches `address`, which may be its own; None if it is not known."""
     kind = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_DGRAM) as s:
-        s.connect((address, 9))  # of a datagram: nothing is sent
+        s.connect((address, 9))  # a datagram socket: nothing is sent
         own = s.getsockname()[0]
         if kind == socket.AF_INET6:
             number = socket.inet_pton(kind, own.partition("%")[0]).hex()

@@ -40,7 +40,7 @@ class Shown:
     """Whether it became COMPLETING in the second in which it was pre-empted: then pre-emption is ending it, unless it
     had a grace period, in which it may have been cancelled."""
     excluded: str = ""
-    """Its excluded nodes, as a SLURM host list."""
+    """The nodes that the job excludes, as a SLURM host list."""
     suspended_at: str | None = None
     """When it was last suspended or resumed: a stamp; None: never."""
 

@@ -1,14 +1,16 @@
-"""Which cluster SLURM's commands ask, where one login node has several (sbatch --clusters). Runs no command."""
+"""Which cluster SLURM's commands ask, where one login node has several (sbatch --clusters); and which variables of its
+surroundings sbatch must not see. Runs no command."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 VARIABLES = ("SLURM_CLUSTERS", "SBATCH_CLUSTERS")
-"""By which a user has sbatch queue elsewhere, as it heeds them; the first is every command's."""
+"""Variables that say where sbatch queues, in the order in which it heeds them; all commands heed the first."""
 _ASKED: ContextVar[str] = ContextVar("the cluster that this process asks, whatever its shell has exported", default="")
 
 
@@ -45,6 +47,27 @@ def asking(cluster: str) -> Iterator[None]:
         yield
     finally:
         _ASKED.reset(before)
+
+
+@contextmanager
+def submitting(words: list[str]) -> Iterator[None]:
+    """Within: no variables of the job that this process may run in, which a submitted job would inherit and obey; no
+    clusters, since `words` name the one; nor what has sbatch wait for the end of a job, or queue it several times; nor
+    GPUs that the user has exported for sbatch, where `words` ask for some: SLURM would add them, and refuses --gres
+    beside --gpus-per-node from 26.05 on.
+    """
+    of_its_job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
+    ours = (*of_its_job, *VARIABLES)
+    saved = {k: v for k, v in os.environ.items() if k.startswith(ours) and k != "SLURM_CONF"}
+    saved |= {k: os.environ[k] for k in ("SBATCH_WAIT", "SBATCH_ARRAY_INX") if k in os.environ}
+    if any(re.match("--gpus|--gres=.*gpu", word) for word in words):
+        saved |= {k: v for k, v in os.environ.items() if re.match("SBATCH_GPUS|SBATCH_GRES=.*gpu", f"{k}={v}")}
+    for key in saved:
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
 
 
 def typed(command: str) -> str:

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import environment, slurm_orders
+from launch.cluster import slurm_orders
+from launch.cluster.asked import submitting
 from launch.cluster.job import SBATCH_TIMEOUT_S, Job, flags
 
 ENTRY = "launch.jobs:main"
 MAX_TIMEOUTS = 3
-"""For submitit's own handling of time limits, which our entry replaces."""
+"""A number for submitit's own handling of time limits, which our entry replaces."""
 
 
 class Named:
@@ -108,7 +109,7 @@ def submit(job: Job) -> str:
     script = where / f".submission_file_{uuid.uuid4().hex}.sh"
     script.write_text(script_text(job))
     words = command(job, str(script))
-    with environment.submitting(words):
+    with submitting(words):
         job_id = slurm_orders.submit(words, timeout_s=SBATCH_TIMEOUT_S)
     for task_number, pickle in enumerate(pickles):
         task_id = f"{job_id}_{task_number}" if len(pickles) > 1 else job_id

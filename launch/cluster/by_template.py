@@ -6,6 +6,7 @@ import os
 import shlex
 
 from launch.cluster import code, environment, slurm_orders
+from launch.cluster.asked import submitting
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import SBATCH_TIMEOUT_S, Job, at_home, flags, ranges
 
@@ -43,6 +44,6 @@ def submit_again(stage: str, options: dict[str, str | bool], args: list[str]) ->
 
 def sbatch(words: list[str], home: dict[str, str]) -> str:
     """Run one sbatch in the folder of the code; returns the job id. Raises SchedulerError."""
-    with environment.submitting(words):
+    with submitting(words):
         env = {**os.environ, **home}
         return slurm_orders.submit(words, timeout_s=SBATCH_TIMEOUT_S, cwd=home["DDPM_HOME"], env=env)

@@ -63,7 +63,7 @@ def of_checkout() -> Code:
         place = SHIPPED if tree == "slurm" else PROJECT
         for path in sorted((place / tree).rglob("*")):
             name = path.relative_to(place)
-            hidden = any(part.startswith(".") for part in name.parts)  # as an editor's copies
+            hidden = any(part.startswith(".") for part in name.parts)  # such as an editor's copies
             if path.suffix in SUFFIXES and not hidden and path.is_file():
                 found[str(name)] = path.read_bytes()
     return found

@@ -10,8 +10,6 @@ import shlex
 import socket
 import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +125,7 @@ def supervisor_is_heard() -> None:
 
 
 def command_line() -> str:
-    """The one that was typed, to be typed again."""
+    """The command that was typed, for a message that asks for it again."""
     return shlex.join(["python", *sys.argv])
 
 
@@ -170,16 +168,16 @@ def current() -> JobEnvironment:
             "slurm",
             job,
             restart,
-            env.get("SLURMD_NODENAME", here),
-            rank,
-            world_size,
-            int(env.get("SLURM_LOCALID", "0")) if in_step else 0,
-            first_node_address(env) if world_size > 1 else here,
-            _port(job, restart),
-            _cpus_of_rank(env) if in_step else 1,
-            int(array[1]) if array[1] else None,
-            since,
-            _own_cluster(),
+            host=env.get("SLURMD_NODENAME", here),
+            rank=rank,
+            world_size=world_size,
+            local_rank=int(env.get("SLURM_LOCALID", "0")) if in_step else 0,
+            master_addr=first_node_address(env) if world_size > 1 else here,
+            master_port=_port(job, restart),
+            cpus=_cpus_of_rank(env) if in_step else 1,
+            array_task=int(array[1]) if array[1] else None,
+            since=since,
+            cluster=_own_cluster(),
         )
     alone = "LOCAL_WORLD_SIZE" not in env  # torchrun sets OMP_NUM_THREADS, which then is nobody's wish
     cpus = int(env.get("DDPM_CPUS") or (alone and threads_asked()) or len(os.sched_getaffinity(0)))
@@ -188,15 +186,15 @@ def current() -> JobEnvironment:
             "local",
             env.get("DDPM_JOB", f"local-{os.getppid()}"),
             0,
-            here,
-            int(env["RANK"]),
-            int(env["WORLD_SIZE"]),
-            int(env["LOCAL_RANK"]),
-            env["MASTER_ADDR"],
-            int(env["MASTER_PORT"]),
-            cpus if "DDPM_CPUS" in env else max(1, cpus // int(env["LOCAL_WORLD_SIZE"])),
-            None,
-            since,
+            host=here,
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env["LOCAL_RANK"]),
+            master_addr=env["MASTER_ADDR"],
+            master_port=int(env["MASTER_PORT"]),
+            cpus=cpus if "DDPM_CPUS" in env else max(1, cpus // int(env["LOCAL_WORLD_SIZE"])),
+            array_task=None,
+            since=since,
         )
     job = env.get("DDPM_JOB", f"local-{os.getpid()}")
     return JobEnvironment("local", job, 0, here, 0, 1, 0, here, 0, cpus, None, since)
@@ -305,27 +303,6 @@ def allocation() -> dict[str, str]:
     if gpus := os.environ.get("SLURM_GPUS_ON_NODE") or (listed and str(len(listed.split(",")))):
         options.setdefault("gpus-per-node", gpus)  # also of a job that asked for them otherwise, as by --gres
     return options
-
-
-@contextmanager
-def submitting(words: list[str]) -> Iterator[None]:
-    """Within: no variables of the job that this process may run in, which a submitted job would inherit and obey; no
-    clusters, since `words` name the one; nor what has sbatch wait for the end of a job, or queue it several times; nor
-    GPUs that the user has exported for sbatch, where `words` ask for some: SLURM would add them, and refuses --gres
-    beside --gpus-per-node from 26.05 on.
-    """
-    of_its_job = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
-    ours = (*of_its_job, *asked.VARIABLES)
-    saved = {k: v for k, v in os.environ.items() if k.startswith(ours) and k != "SLURM_CONF"}
-    saved |= {k: os.environ[k] for k in ("SBATCH_WAIT", "SBATCH_ARRAY_INX") if k in os.environ}
-    if any(re.match("--gpus|--gres=.*gpu", word) for word in words):
-        saved |= {k: v for k, v in os.environ.items() if re.match("SBATCH_GPUS|SBATCH_GRES=.*gpu", f"{k}={v}")}
-    for key in saved:
-        del os.environ[key]
-    try:
-        yield
-    finally:
-        os.environ.update(saved)
 
 
 def interface_of_peers(rank_0: str) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.cluster import environment, slurm, slurm_orders, slurm_questions
 from launch.cluster.answers import NoAnswer, SchedulerError
+from launch.cluster.asked import submitting
 from launch.cluster.environment import SHIPPED
 from launch.cluster.job import Job, flags
 
@@ -40,7 +41,7 @@ def is_older(told: str) -> bool:
 
 
 def settings(*keys: str) -> dict[str, str]:
-    """Those of slurm.conf's settings that SLURM tells. Raises SchedulerError."""
+    """The settings of slurm.conf that are asked for and that SLURM tells. Raises SchedulerError."""
     told = slurm.run(["scontrol", "show", "config"], timeout_s=10)
     found = {key: re.search(rf"^{key}\s*=\s*(.*\S)", told, re.M) for key in keys}
     return {key: match[1] for key, match in found.items() if match}
@@ -89,7 +90,7 @@ def _of_the_user() -> list[str]:
 
 
 def accounts() -> list[str]:
-    """Those that the user may charge; none where accounting cannot be asked."""
+    """The accounts that the user may charge; none if accounting cannot be asked."""
     try:
         told = slurm.run([*_of_the_user(), "format=Account"], timeout_s=10)
     except SchedulerError:
@@ -102,7 +103,7 @@ def submit_probe(job: Job, home: dict[str, str], script: Path, asked: Path, log:
     options = {k: v for k, v in job.options().items() if k not in ("requeue", "signal", "output", "open-mode")}
     options |= {"job-name": "ddpm-doctor", "output": str(log), "ntasks-per-node": "1"}
     words = ["sbatch", "--parsable", *flags(options), str(script), str(asked)]
-    with environment.submitting(words):
+    with submitting(words):
         env = {**os.environ, **home, "PYTHONPATH": home["DDPM_HOME"]}
         return slurm_orders.submit(words, env=env)
 
@@ -112,5 +113,5 @@ def try_out(job: Job) -> None:
     array = [f"--array=0-{job.num_tasks - 1}"] if job.is_array else []
     options = flags({k: v for k, v in job.options().items() if k not in ("dependency", "output")})
     words = ["sbatch", "--test-only", *options, *array, str(SHIPPED / "slurm" / f"{job.stage}.sbatch"), "RUN"]
-    with environment.submitting(words):
+    with submitting(words):
         slurm.run(words)

@@ -83,7 +83,7 @@ class Job:
         return [self.stage, str(self.run.path), *where, *chosen, *self.extra_args]
 
     def options(self) -> dict[str, str | bool]:
-        """Its long sbatch options except --array; True stands for a flag without value."""
+        """The job's long sbatch options except --array; True stands for a flag without value."""
         site = self.site.at(self.stage)
         values: dict[str, Any] = {
             "job-name": f"{self.run.name}-{self.stage}",

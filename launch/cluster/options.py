@@ -20,28 +20,11 @@ from launch.cluster.site import MEMORIES, Site
 
 PROFILES = SHIPPED / "configs" / "cluster"
 OURS = {
-    "array",
-    "time",
-    "nodes",
-    "ntasks-per-node",
-    "gpus-per-node",
-    "job-name",
-    "signal",
-    "partition",
-    "dependency",
-    "export",
-    "output",
-    "error",
-    "open-mode",
-    "parsable",
-    "wrap",
-    "wait",
-    "test-only",
-    "chdir",
-    "ntasks",
-    "uid",
-    "gid",
+    *("array", "time", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "job-name", "signal", "partition"),
+    *("dependency", "export", "output", "error", "open-mode", "parsable", "wrap", "wait", "test-only", "chdir"),
+    *("uid", "gid"),
 }
+"""Options of sbatch that the launcher sets, and nobody else."""
 INSTEAD = {"ntasks-per-node": "--tasks-per-node", "ntasks": "--nodes and --tasks-per-node", "job-name": "--name"}
 """What asks for some of these."""
 BARE = {
@@ -67,10 +50,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "mem_per_cpu": {"metavar": "4G", "help": "instead of --mem"},
     "mem_per_gpu": {"metavar": "40G", "help": "instead of --mem"},
     "max_parallel": {"type": int, "help": "array tasks that run at a time (default 16)"},
-    "tasks": {
-        "metavar": "N",
-        "help": "array tasks that divide the shards of a set, or an evaluation (default auto)",
-    },
+    "tasks": {"metavar": "N", "help": "array tasks that divide the shards of a set, or an evaluation (default auto)"},
     "via": {"choices": ["submitit", "sbatch"], "help": "how jobs reach SLURM (default submitit)"},
     "cluster": {
         "choices": ["auto", "slurm", "local"],
@@ -218,7 +198,7 @@ def _on_one_cluster(site: Site) -> Site:
         return site
     if not asked.is_one(cluster):
         raise RequestError(f"{where}={cluster}: {alone}; name one of them: --sbatch clusters=NAME")
-    if not environment.is_on_node_of(cluster):  # as training is that queues milestones: without accounting, perhaps
+    if not environment.is_on_node_of(cluster):  # such as training that queues milestones, perhaps without accounting
         asked.ask(cluster)
     return site.model_copy(update={"sbatch": {**site.sbatch, "clusters": cluster}})
 

@@ -15,7 +15,7 @@ class Wait:
     """What a waiting job waits for."""
 
     reason: str
-    """In SLURM's word (squeue's %r)."""
+    """SLURM's own word (squeue's %r)."""
     words: str
     next_step: str = ""
     """What its owner can do; "" where waiting is all there is."""

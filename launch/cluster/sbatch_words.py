@@ -58,7 +58,7 @@ def take_gres(tree: dict[str, Any], extra: dict[str, Any], typed: str | None) ->
     ((kind, number),) = gpus
     if typed is not None and str(typed).rpartition(":")[2] not in ("0", str(number)):
         raise RequestError(f"--gpus-per-node {typed} with --sbatch gres={gres}: they differ; give one of them")
-    if ":" in kind:  # of a form that --gpus-per-node has not: as it is, for every stage
+    if ":" in kind:  # a form that --gpus-per-node does not have: kept for every stage
         tree["gpu_request"], tree["gpus_per_node"] = "none", number
         return
     rest = ",".join(entry for entry in gres.split(",") if not gpus_of(entry))

@@ -18,7 +18,7 @@ from launch.cluster.site import Site, Stage
 from launch.cluster.values import slurm_minutes
 
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
-"""Of NVIDIA's driver, AMD's, and WSL's."""
+"""Devices in /dev of NVIDIA's driver, of AMD's, and of WSL's."""
 
 
 def settle(site: Site, *, dry_run: bool) -> Site:

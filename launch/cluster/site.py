@@ -28,7 +28,7 @@ MEMORIES = ("mem", "mem_per_cpu", "mem_per_gpu")
 LEAST_WORK_S = 120
 
 NO_NODE = "none"
-"""Of `exclude`: no node, not even one on which lives of the run died."""
+"""Value of `exclude` that excludes no node, not even one on which lives of the run died."""
 
 
 class Resources(Section):

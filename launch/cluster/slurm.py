@@ -47,7 +47,7 @@ def words(command: str, said: str) -> list[str]:
 
 
 def shortened(lines: list[str]) -> list[str]:
-    """At most LINES_AT_MOST of them: the first ones and the last ones."""
+    """At most LINES_AT_MOST of the lines: the first ones and the last ones."""
     half = LINES_AT_MOST // 2
     return (
         lines

@@ -55,7 +55,7 @@ def delay(job: str, seconds: int) -> None:
 
 def mail_at_end(job: str, address: str) -> None:
     """Have SLURM mail to an address when a running job ends. Raises SchedulerError."""
-    kind = "END,FAIL" + (",ARRAY_TASKS" if "_" in job else "")  # of a job that fails it mails no END
+    kind = "END,FAIL" + (",ARRAY_TASKS" if "_" in job else "")  # SLURM mails no END for a job that fails
     slurm.run(["scontrol", "update", f"jobid={job}", f"mailuser={address}", f"mailtype={kind}"])
 
 

@@ -92,7 +92,7 @@ def looked_up_together(jobs: Iterable[str]) -> Iterator[None]:
 
 
 def look_up(jobs: list[str]) -> dict[str, Queued]:
-    """Those of `jobs` that SLURM still has, by one query for all of them, or a few. Raises SchedulerError.
+    """The `jobs` that SLURM still has, by one query for all of them, or a few. Raises SchedulerError.
 
     COMPLETING only means that a job's processes are ending: a pre-empted job is COMPLETING before it is PENDING again.
     Jobs of other users are included if the site shows them, since a group may share a run.
@@ -112,7 +112,7 @@ def _look_up(jobs: list[str]) -> dict[str, Queued]:
         base, job, state, start, reason = (*line.split(None, 4), "", "")[:5]
         state = "PENDING" if state in HELD else state
         waits = state == "PENDING"
-        why = reason.strip() if (waits and reason != "None") or " held " in reason else ""  # it is put back, to be held
+        why = reason.strip() if (waits and reason != "None") or " held " in reason else ""  # put back to be held
         told = Queued(state, why, _stamp(start) if waits else None)
         for known in {base, job} & wanted:
             if state == "RUNNING" or known not in found or found[known].state == "COMPLETING":

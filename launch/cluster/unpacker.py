@@ -28,7 +28,7 @@ def mend(archive: zipfile.ZipFile, place: Path) -> None:
     for found in [path for path in place.rglob("*") if not path.is_dir()]:
         ours = found.name.startswith((".", "bytecode-")) or "__pycache__" in found.parts
         if not ours and str(found.relative_to(place)) not in names:
-            found.unlink(missing_ok=True)  # it could be imported in the place of something else
+            found.unlink(missing_ok=True)  # a foreign file could be imported in the place of something else
     said = place / BYTECODE
     if not (said.is_file() and said.read_text() == bytecode(place)):
         compileall.compile_dir(place, force=True, quiet=2)
@@ -39,7 +39,7 @@ def write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     tmp.write_bytes(data)
-    tmp.chmod(0o444)  # who would edit it is told that this is a copy
+    tmp.chmod(0o444)  # read-only, which tells whoever would edit it that it is a copy
     tmp.replace(path)
 
 
@@ -54,7 +54,7 @@ def bytecode(place: Path) -> str:
 
 def main(archive: str, place: str) -> int:
     with zipfile.ZipFile(archive) as opened:
-        if opened.comment.decode() == Path(place).name:  # else the run has other code now, and this job is of before
+        if opened.comment.decode() == Path(place).name:  # else the run was given other code since this job was queued
             with contextlib.suppress(PermissionError):  # another's, who shares it
                 mend(opened, Path(place))
     return 0

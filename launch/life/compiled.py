@@ -122,7 +122,7 @@ def compiling(
 
 
 def _num_kernels(folder: Path | None) -> int:
-    """Those for NVIDIA's GPUs and for AMD's."""
+    """The number of kernels in a folder, for NVIDIA's GPUs and for AMD's."""
     return 0 if folder is None else sum(path.suffix in (".cubin", ".hsaco") for path in folder.rglob("*"))
 
 

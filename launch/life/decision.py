@@ -74,7 +74,7 @@ def decide(e: Evidence) -> Decision:
     if e.code == 0:
         return Decision("leave")
     if e.code == EXIT_BUSY and (why := not_ours(e.shown, e.restart)):
-        return Decision("leave", why)  # an orphan, which its own job's later life has fenced out
+        return Decision("leave", why)  # an orphan, fenced out by a later life of its own job
     if e.reason == GONE:
         return Decision("leave", "the run is not here any more: submit it where it is")
     if e.code in (EXIT_BUSY, EXIT_FATAL):

@@ -109,7 +109,7 @@ def check_apart(world: World, host: str) -> None:
 
 
 def kind(device: torch.device) -> dict[str, str]:
-    """By what a process computes, as far as its rounding hangs on it."""
+    """What a process computes with, as far as rounding depends on it: device, torch and more."""
     found = {"device": name_of(device), "torch": str(torch.__version__)}
     return found | ({"cpu": torch.backends.cpu.get_cpu_capability()} if device.type == "cpu" else {})
 

@@ -106,7 +106,7 @@ def _bring(cache: Path, key: str, config: Config, labels: dict[str, Any] | None,
     try:
         there = packed.open_verified(cache, key, stop_requested=stop_requested)
         if changed := labels_changed(labels, labels_record(there)):
-            raise DamagedFile(changed)  # the images themselves may tell
+            raise DamagedFile(changed)  # packing the images again may mend it
         return key
     except (DamagedFile, OSError) as e:
         may_pass = isinstance(e, PermissionError) or (isinstance(e, OSError) and e.errno in PASSING)

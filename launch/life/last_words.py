@@ -22,7 +22,7 @@ HOST_MEMORY = re.compile(
     r"oom.kill|: Out Of Memory|exceeded (?:job )?memory limit|^MemoryError|Cannot allocate memory", re.I | re.M
 )
 TOLD = r"\d{4}-\S+Z (?!failed: )"
-"""Of lines that a life writes of what it does: of what it went on without, too, as a grid that did not fit."""
+"""The beginning of a line that a life logs about its work, which may tell of an error that it survived."""
 SCANCEL = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+ (?:DUE to SIGNAL \w+ )?\*\*\*")
 """SLURM's line for a job that a person cancels; for others it adds DUE TO: PREEMPTION, TIME LIMIT, JOB REQUEUE …"""
 FEWER = {

@@ -46,7 +46,7 @@ class Life:
         return Worker(self.stop, self.env.token, stay=not self.env.array_task)
 
     def heed_stop(self) -> None:
-        """From here on watch the run's STOP file, except the one despite which samples or a score were asked for."""
+        """Watch the run's STOP file from here on, unless samples or a score were asked for despite that very one."""
         self.stop.watch(self.run, known_stop(self.run, self.env.job) if self.run.is_stopped() else "")
 
     def leave(self, code: int, reason: str = "") -> int:
@@ -112,7 +112,7 @@ def after_scancel(run: RunDir, env: JobEnvironment) -> None:
         followers = scheduler.followers(env.job) if stage == "train" else []
         what = f", and with it what was to follow: job {' '.join(followers)}" if followers else ""
         say(f"cancelled by scancel{what}")
-        # the event first: this process is killed in a moment
+        # the event first, as this process may be killed in a moment
         env.events(run).append(
             "cancelled", world_size=env.world_size, step=run.latest_step(), stage=stage, with_it=followers
         )

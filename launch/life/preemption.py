@@ -67,7 +67,7 @@ class StopFlag:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def watch(self, run: RunDir, known_stop: str = "") -> None:
-        """From here on the run's STOP file counts, except one with the mark `known_stop`."""
+        """Let the run's STOP file count from here on, unless it has the mark `known_stop`."""
         self._run, self._known_stop = run, known_stop
 
     def _on_term(self, signum: int, frame: FrameType | None) -> None:

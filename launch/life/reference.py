@@ -19,7 +19,7 @@ from launch.life.pace import shown
 
 
 def save_statistics(life: Life, split: str, extractor: str, path: Path) -> int:
-    """Those of the run's own images to `path`, and where evaluations look for them."""
+    """Write the statistics of the run's own images to `path`, and to where evaluations look for them."""
     run, env = life.run, life.env
     config, cache = reading.of_run(run), Path(data_of(run)["cache"])
     life.heed_stop()

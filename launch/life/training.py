@@ -23,6 +23,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.records import read_run
 from ddpm.run.saving import SPARE_BYTES, num_bytes
 from ddpm.training import ranks
+from ddpm.training.chronicle import Chronicle, MainChronicle
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
 from launch.cluster import environment, scheduler
@@ -83,26 +84,29 @@ def _in_step(life: Life, config: Config, why: str | None, world: World, timeout_
         except Stopped as e:
             if (code := life.until_killed_or_on(e.reason, world.broadcast)) is not None:
                 return _leave_together(life, world, code, e.reason)
-    trainer = Trainer(
-        config,
-        run,
-        world,
-        packed,
-        _resolved(life, config, world, fence),
-        fence=fence,
-        owner=env.owner(),
-        events=env.events(run) if world.is_main else None,
-        start=read_run(run).get("from"),
-        held_out=held_out,
-        mirror=mirror_of(run, config, life.stop.held),
-        on_milestone=lambda: score_milestones(life, config),
-    )
+    resolved = _resolved(life, config, world, fence)
+    chronicle = Chronicle()
+    if fence is not None:
+        chronicle = MainChronicle(
+            config,
+            run,
+            fence,
+            env.events(run),
+            owner=env.owner(),
+            world_size=world.world_size,
+            num_images=len(packed),
+            mirror=mirror_of(run, config, life.stop.held),
+            on_milestone=lambda: score_milestones(life, config),
+            patience_s=lambda reason: save_patience_s(life, reason, timeout_s),
+        )
+    start = read_run(run).get("from")
+    trainer = Trainer(config, run, world, packed, resolved, chronicle, start=start, held_out=held_out)
     trainer.resume()
-    size = num_bytes(trainer.state.state_dict())  # and logs grow, by what a save leaves free for them
+    size = num_bytes(trainer.state.state_dict())  # and logs grow by the spare that a save leaves free
     if why := world.broadcast(faults.small_files(size + SPARE_BYTES) if world.is_main else None):
         needs = f"a checkpoint has {amount(size)}, and logs up to {amount(SPARE_BYTES)}"
         raise DoNotRetry(f"{needs}; {why}, then submit again")
-    return _until_the_end(life, world, trainer, fence, timeout_s)
+    return _until_the_end(life, world, trainer, fence)
 
 
 def save_patience_s(life: Life, reason: str, rank_timeout_s: float) -> float:
@@ -137,9 +141,9 @@ def _take(life: Life, wait_s: float) -> Fence:
 def is_orphan(other: dict[str, Any], env: JobEnvironment) -> bool:
     """Whether the lock's holder is an earlier life of this job, or a job that SLURM no longer runs."""
     if not env.is_scheduled or not str(other.get("job", ""))[:1].isdigit():
-        return False  # a run on this machine is nothing that SLURM knows of
+        return False  # SLURM knows nothing of runs on this machine
     if env.cluster and other.get("cluster", env.cluster) != env.cluster:
-        return False  # nor is another cluster's, whose job may have this one's id
+        return False  # nor of another cluster's, whose job may have this one's id
     if other.get("job") == env.job:
         return int(other.get("restart", 0)) < env.restart
     try:
@@ -153,7 +157,7 @@ def _resolved(life: Life, config: Config, world: World, fence: Fence | None) -> 
     """What `auto` means for the run, as its first life found and recorded; also applies it to this process."""
     run = life.run
     kept = world.broadcast(read_run(run).get("resolved") if world.is_main else None)
-    with life.stop.held():  # it may build kernels, to see whether that can be done
+    with life.stop.held():  # it may compile kernels to try them
         resolved = device.resolve(config, world.device, life.env.cpus, kept)
     if not kept:  # as rank 0 finds it, whatever another rank's node lacks
         resolved = device.resolve(config, world.device, life.env.cpus, world.broadcast(resolved.as_dict()))
@@ -176,7 +180,7 @@ def _keep(run: RunDir, fence: Fence, resolved: dict[str, Any]) -> None:
     write_json(run.run_json, sign(record), replace=True, may_publish=fence.check)
 
 
-def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | None, timeout_s: float) -> int:
+def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> int:
     while True:
         if not trainer.warm:
             # compilers that start here must not die of a signal meant for us
@@ -185,7 +189,7 @@ def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | No
                 if fence is not None and found is not None:
                     _keep(life.run, fence, {**read_run(life.run)["resolved"], "micro_batch": found})
                 trainer.warm_up(life.stop)
-        outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason, timeout_s))
+        outcome = trainer.train(life.stop)
         if not outcome.saved:
             return _leave_together(life, world, 1, "save_failed")
         if outcome.finished:
@@ -214,7 +218,7 @@ def score_milestones(life: Life, config: Config) -> subprocess.Popen[bytes] | No
 
 
 def _compiling(life: Life, world: World, trainer: Trainer, fence: Fence | None) -> AbstractContextManager[None]:
-    if not trainer.compiles:
+    if not trainer.resolved.compiles:
         return nullcontext()
     return compiled.compiling(
         life.run,

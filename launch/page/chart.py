@@ -106,7 +106,7 @@ def finite(points: Iterable[Point], *, positive: bool = False) -> list[Point]:
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most so many of them, with the least and the greatest of each stretch, and the last one."""
+    """At most `most` of the points: the least and the greatest of each stretch, and the last one."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / ((most - 1) // 2))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 LONGEST_BREAK = 0.1
-"""Of the time in which something was going on: a longer break is cut."""
+"""Longest break that is drawn, as a part of the time in which something was going on; a longer one is cut."""
 CUT_TO = 0.03
 STEPS_S = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 43200, 86400, 172800, 604800, 2592000)
 
@@ -55,7 +55,7 @@ class Clock:
 
 
 def clock(spans: Iterable[Span]) -> Clock:
-    """Of the times in which something was going on: at least one, none of them empty."""
+    """The clock of the times in which something was going on: at least one span, none of them empty."""
     merged: list[Span] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:

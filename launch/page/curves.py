@@ -38,7 +38,7 @@ def _both(metrics: Metrics, key: str, every: int) -> list[Line]:
 
 
 def _validation(metrics: Metrics) -> list[Line]:
-    """On held-out images, where the run computes it."""
+    """The line of the loss on held-out images, if the run computes it."""
     told = ((m["step"], m.get("validation_loss")) for m in metrics)
     points = finite(((at, value) for at, value in told if isinstance(value, float)), positive=True)
     words = [f"held-out images: {digits(value)} at step {at:,}" for at, value in points]

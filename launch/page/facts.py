@@ -10,15 +10,16 @@ from ddpm.config import reading
 from ddpm.config.schema import Config
 from ddpm.errors import DDPMError
 from ddpm.run.files import DamagedFile, read_bytes, read_json
+from ddpm.run.forms import RUN_TOO
 from ddpm.run.paths import RunDir
-from ddpm.run.records import RUN_TOO, read_heartbeat, thin_metrics
+from ddpm.run.records import read_heartbeat, thin_metrics
 from ddpm.scoring.record import Score
 from launch.queue.sets import good_scores
 from launch.terminal.lacking import Damage
 from launch.terminal.overview import read_life
 
 SHOWN_BYTES = 64 << 10
-"""Of config.yaml, as it stands."""
+"""Most of config.yaml's text that is shown."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Facts:
     events: list[dict[str, Any]]
     beat: dict[str, Any]
     metrics: list[dict[str, Any]]
-    """Of metrics.jsonl each `every`-th line, and some more."""
+    """Each `every`-th line of metrics.jsonl, and some more."""
     every: int
     scores: list[Score]
-    """Those that hold: of many samples first, then of late steps, then the new ones."""
+    """The scores that hold: those of many samples first, then those of late steps, then the new ones."""
     damage: tuple[str, ...]
     made: float
     """Unix time."""

@@ -40,7 +40,7 @@ def periods(facts: Facts) -> list[Period]:
 
 
 def _waits(facts: Facts, held: Sequence[Period]) -> list[Period]:
-    """In the queue: from a submission, or the end of a job's life, to its next one."""
+    """The times in the queue: from a submission, or the end of a job's life, to the job's next life."""
     began: dict[LifeKey, float] = {}
     ended: dict[LifeKey, float] = {}
     for period in held:
@@ -186,7 +186,7 @@ def _trains(event: Event) -> bool:
 
 
 def number(facts: Facts) -> int:
-    """Of the lives of its training."""
+    """The number of lives of its training."""
     return len({life_of(e) for e in facts.events if _trains(e)})
 
 

@@ -38,7 +38,7 @@ class Column(NamedTuple):
     name: Part
     right: bool = False
     wraps: bool = False
-    """Its text may go on in a further line."""
+    """Whether its text may go on in a further line."""
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Part]], class_: str | None = None) -> Html:
@@ -72,7 +72,7 @@ BEGINNING = (
     '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">'
     f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
 )
-"""Of every page that `document` has made."""
+"""The beginning of every page that `document` makes."""
 
 
 def document(title: str, *inside: Part, style: str) -> str:

@@ -15,7 +15,7 @@ MOST = 6
 MOST_PIXELS = 560
 """Along an edge; a larger one is made smaller."""
 MOST_BYTES = 32 << 20
-"""Of a file that is opened."""
+"""Largest file that is opened."""
 MOST_AREA = 64 << 20
 """Pixels, as the file says before it is unpacked."""
 
@@ -47,7 +47,7 @@ def last_grid(run: RunDir, name: str) -> Html:
 
 
 def spread(items: list[int], most: int) -> list[int]:
-    """At most so many, the first and the last among them."""
+    """At most `most` of the items, evenly spread, the first and the last among them."""
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
@@ -71,7 +71,7 @@ def _figure(step: int, path: Path, name: str = "") -> Html:
 
 
 def _png(path: Path) -> tuple[bytes, int, int]:
-    """Its bytes, made smaller where it is large, and its size. Raises OSError, DamagedFile."""
+    """(The bytes of a PNG, made smaller if it is large, its width, its height.) Raises OSError, DamagedFile."""
     from PIL import Image  # not where scripts begin
 
     data = read_bytes(path, MOST_BYTES)
@@ -87,5 +87,5 @@ def _png(path: Path) -> tuple[bytes, int, int]:
                 image.save(packed, format="PNG", optimize=True)
                 data = packed.getvalue()
             return data, *image.size
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as e:  # what Pillow calls some damages
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow raises these for some damages
         raise DamagedFile(str(e)) from None

@@ -189,21 +189,14 @@ def _samples(facts: Facts) -> list[str]:
         for where in sets[:MOST_SETS]:
             found.append(sample_command(facts, where.name, read_request(where)))
     except (OSError, DDPMError, DamagedFile):
-        pass  # of what cannot be read others tell
+        pass  # other parts of the page tell of what cannot be read
     return found
 
 
 def sample_command(facts: Facts, set_name: str, request: Request) -> str:
     """What makes the set of this request, in a run that has its checkpoint."""
-    words = [
-        "python",
-        "launch/sample.py",
-        str(facts.run.path),
-        "--set",
-        set_name,
-        "--step",
-        str(request.checkpoint.step),
-    ]
+    words = ["python", "launch/sample.py", str(facts.run.path), "--set", set_name]
+    words += ["--step", str(request.checkpoint.step)]
     names = [field.name for field in fields(request) if field.name not in ("checkpoint", "class_plan", "clip_x_0")]
     for name in names:
         value = getattr(request, name)

@@ -28,7 +28,7 @@ from launch.page.words import digits, moment
 MOST = 60
 """Rows of a table."""
 CURVE = 3
-"""So many scores that differ in their step alone have a table of their own."""
+"""From so many scores on that differ in their step alone, these have a table of their own."""
 MILESTONE = "milestone"
 """How sets of milestones begin."""
 DIGEST = 12
@@ -93,7 +93,7 @@ def _single(scores: Sequence[Score]) -> Html:
 
 
 def _by_step(scores: Sequence[Score]) -> Html:
-    """Of one kind: what they share is told once."""
+    """The table of scores of one kind, with what they share told once."""
     shown = scores[-MOST:]
     first = shown[0].record
     best = min(score.record[key_of(score.record)] for score in shown)
@@ -114,7 +114,7 @@ def _by_step(scores: Sequence[Score]) -> Html:
 
 
 def _by_class(scores: Sequence[Score], classes: Sequence[str]) -> Html:
-    """Of sets whose classes were scored one by one: a line each."""
+    """The table of sets whose classes were scored one by one: a line for each set."""
     rows: list[list[Part]] = []
     for score in scores[:MOST]:
         each = score.record.get(f"{key_of(score.record)}_per_class")
@@ -242,6 +242,6 @@ def by_step_chart(series: Series, lines: Sequence[Line], until: int) -> Html:
 
 
 def commands(scores: Sequence[Score]) -> list[str]:
-    """Those that the scores were computed with, as they say; those of milestones are one command's work."""
+    """The commands that computed the scores, as their records say; those of milestones are left out."""
     found = (score.record.get("command") for score in scores if not score.name.startswith(MILESTONE))
     return list(dict.fromkeys(shlex.join(map(str, words)) for words in found if isinstance(words, list) and words))

@@ -27,7 +27,7 @@ MOST_BESIDE = 4
 """Keys that stand in the table of runs."""
 Row = dict[str, Any]
 FALL = 0.02
-"""Of the steps, at the beginning: the fall of a loss there would leave no room for what differs later."""
+"""Part of the steps that is left out at the beginning: a loss falls so far there that later differences vanish."""
 
 
 def of_runs(every: Sequence[Facts], page: Path) -> str:
@@ -83,7 +83,7 @@ def _table(rows: Sequence[Row], of: Mapping[str, Facts], page: Path) -> Html:
 
 
 def _record(facts: Facts, row: Row) -> Mapping[str, Any] | None:
-    """Of the row's score."""
+    """The record of the row's score."""
     name = row["score"]["set"] if row["score"] else None
     return next((score.record for score in facts.scores if score.name == name), None)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ddpm.config import reading
 from ddpm.errors import RequestError
-from ddpm.run.files import not_ours, publishing_folder, sign, write_bytes, write_json
+from ddpm.run.files import publishing_folder, sign, write_bytes, write_json
+from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir
 from ddpm.run.records import has_foreign_weights, read_run
 

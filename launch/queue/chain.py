@@ -149,9 +149,7 @@ def queue(
                     jobs, refused = smaller, None
                 elif not ids:
                     raise
-        if (
-            new[1:] and bad_nodes(jobs[0].run) != known
-        ):  # the first has begun, and found one that those were sent without
+        if new[1:] and bad_nodes(jobs[0].run) != known:  # the first has begun, and has found a bad node
             _catch_up(jobs, ids, new[1:])
         # the later ones wait for the first, whatever they ask for
         asks = why and ids and ids[0] == new[:1]
@@ -274,10 +272,7 @@ def fill_gaps(
         after = ":".join(waiting)
         said = (*again, "--round", round_)
         new = queued(Job("evaluate", run, site, set_name, (), after, said, despite=known))
-    print(
-        f"{lacks}: job {after} makes what is missing, job {new} scores after it",
-        flush=True,
-    )
+    print(f"{lacks}: job {after} makes what is missing, job {new} scores after it", flush=True)
     return 0
 
 

@@ -35,12 +35,7 @@ NOT_GIVEN: tuple[Any, ...] = (None, "", [])
 
 
 def create_run(
-    run: RunDir,
-    config: Config,
-    record: dict[str, Any],
-    *,
-    start: bytes | None = None,
-    told: Notify | None = None,
+    run: RunDir, config: Config, record: dict[str, Any], *, start: bytes | None = None, told: Notify | None = None
 ) -> None:
     """Make the run directory. start: content of start.safetensors; told: whom to notify of the run's end."""
     shell = _shell(run, of_record(record["launch"], "launch"), record)

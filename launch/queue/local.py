@@ -132,7 +132,7 @@ def start(run: RunDir, jobs: list[Job], behind: Sequence[Place] = ()) -> tuple[s
     told |= {"behind": before} if before else {}
     try:
         events.append("submitted", **told)
-    except BaseException as e:  # nobody could find it again
+    except BaseException as e:  # without its event nobody could find it again
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -209,7 +209,7 @@ def main() -> int:
     stages = [stage for stage, _ in work]
     child: subprocess.Popen[bytes] | None = None
     heard: list[int] = []
-    unheard: list[int] = []  # by a command: none was running
+    unheard: list[int] = []  # while no command was running
 
     def forward(signum: int, _: FrameType | None) -> None:
         heard.append(signum)
@@ -228,7 +228,7 @@ def main() -> int:
     for i, command in enumerate(commands):
         if heard:  # the command before too, and had its work done by then
             return 128 + heard[0]
-        # it ended the command before; what would follow that has nothing to go on
+        # it has ended the command before, and what would follow has nothing to go on
         if (i or before) and is_told_to_stop(run, environment.current().job):
             return 0
         if stages[i] not in stages[:i]:

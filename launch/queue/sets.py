@@ -229,7 +229,7 @@ def scored_by(run: RunDir, evaluate: Evaluate) -> Callable[[str], Score | None]:
 
 
 def good_scores(run: RunDir, asked: Evaluate | None) -> list[Score]:
-    """Those of a run that hold, the best founded first. asked: of the config; None where it cannot be read."""
+    """The scores of a run that hold, the best founded first. asked: its config's `evaluate`; None: not to be read."""
     return best_founded_first((score for score in all_scores(run) if not wrong_with(run, score)), asked)
 
 

@@ -79,13 +79,13 @@ def _submit(job: Job) -> str:
         more: dict[str, Any] = {"tasks": job.num_tasks} if job.shards else {}
         if job.despite:
             more["despite"] = job.despite
-        if job.stage == "evaluate":  # which may have shards made
+        if job.stage == "evaluate":  # an evaluation may have missing shards made
             more["launch"] = job.site.model_dump(mode="json", exclude_defaults=True)
-        if told:  # for nodes that cannot ask
+        if told:  # for nodes that cannot ask SLURM
             more["preemption"] = told
         _submitted(job.run, job_id, job.stage, job.site.via, job.world_size, set=job.set_name, options=kept,
                    code=home.name, args=list(job.extra_args), **more)  # fmt: skip
-    except BaseException:  # a job that nobody could find again
+    except BaseException:  # without its event nobody could find the job again
         scheduler.cancel([job_id])
         raise
     return job_id
@@ -120,7 +120,7 @@ def why_it_waits(job_id: str, stage: str, end: str) -> str:
 
 
 def sent_tasks(run: RunDir, job_id: str) -> int:
-    """With how many tasks a sample job was submitted."""
+    """The number of tasks with which a sample job was submitted."""
     return int(submission(run, job_id).get("tasks") or 1)
 
 
@@ -145,10 +145,10 @@ def submit_successor(run: RunDir, stage: str, job: str, avoided: str = "") -> st
 
     The event that it was is written where there is room for it.
     """
-    told = submission(run, job)  # of one by hand there is none, and any of it may be lost
+    told = submission(run, job)  # a job queued by hand has no such event, and any of it may be lost
     options = {**(told.get("options") or _as_it_is(job)), **({"exclude": avoided} if avoided else {})}
-    options.pop("clusters", None)  # it stays on this one
-    if "output" in options:  # of a task of an array, which the successor is not
+    options.pop("clusters", None)  # the successor stays on this cluster
+    if "output" in options:  # the pattern of an array's task, which the successor is not
         options["output"] = str(options["output"]).replace("%A_%a", "%j")
     record = {"set": told.get("set", environment.sample_set()), "options": options, "args": told.get("args") or []}
     args = [str(run.path), *([record["set"]] if record["set"] else []), *record["args"]]

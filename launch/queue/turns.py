@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ddpm.errors import EnvironmentLacks
-from ddpm.run.files import not_ours
+from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir
 
 PATIENCE_S = 300.0

@@ -32,7 +32,7 @@ def asked_together(runs: Iterable[RunDir]) -> Iterator[set[str]]:
     each question may take seconds. A job that is queued meanwhile is asked about by itself."""
     jobs: set[str] = set()
     for run in runs:
-        with contextlib.suppress(OSError):  # whoever asks about it meets that again
+        with contextlib.suppress(OSError):  # whoever asks about this run meets the error again
             jobs.update(slurm_jobs(run, read_events(run)))
     with scheduler.asked_once(), scheduler.looked_up_together(jobs):
         yield jobs
@@ -127,7 +127,7 @@ def _evaluation_of(args: list[str], default: Evaluate) -> Evaluate:
 
 
 def in_queue(jobs: list[str]) -> list[str]:
-    """Those of `jobs` that SLURM has.
+    """The `jobs` that SLURM has.
 
     A job that is COMPLETING may soon be gone, or queued again after pre-emption: waits to see which. One that stays
     COMPLETING, as on an unreachable node, counts as gone; if it should come back, the run's lock keeps it out.

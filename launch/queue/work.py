@@ -11,7 +11,8 @@ from typing import Any
 
 from ddpm.errors import RequestError
 from ddpm.run.events import read_events
-from ddpm.run.files import not_ours, seconds
+from ddpm.run.files import seconds
+from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir
 from ddpm.run.records import BEATS_S, place_of, read_heartbeat
 from launch.cluster import environment, scheduler
@@ -31,7 +32,7 @@ class Work:
     elsewhere: str = ""
     """For a message: another trainer that has just given a sign of life, or ""."""
     stays: Mapping[str, str] = field(default_factory=dict)
-    """Of `jobs` those that wait on, as SLURM refused to cancel them -> its words. STOP ends each at its start."""
+    """The `jobs` that stay in the queue, as SLURM refused to cancel them -> its words. STOP ends each at its start."""
     silent: tuple[str, ...] = ()
     """Clusters that had jobs of it, and do not answer."""
 
@@ -56,7 +57,7 @@ def cancel(jobs: Iterable[str]) -> None:
 
 
 def _order(jobs: Iterable[str], order: Callable[[list[str]], None]) -> None:
-    """One order to each cluster that has some of them, whatever the others say to theirs. Raises SchedulerError."""
+    """Give the order to each cluster for its jobs, also after another one refused. Raises SchedulerError."""
     numbers: dict[str, list[str]] = {}
     refused: list[scheduler.SchedulerError] = []
     for job in jobs:
@@ -113,7 +114,7 @@ def end_all(runs: Sequence[RunDir]) -> list[Work]:
     for run in runs:
         if why := not_from_here(run):
             raise RequestError(why)
-    with ExitStack() as turns:  # nobody queues more of them meanwhile
+    with ExitStack() as turns:  # so that nobody queues more of their jobs meanwhile
         for run in sorted(runs, key=lambda run: str(run.path)):  # in one order, or two who do so wait for each other
             turns.enter_context(turn(run))
         with asked_together(runs):

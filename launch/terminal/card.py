@@ -8,16 +8,7 @@ from typing import Any
 from ddpm.config.schema import Config
 from ddpm.data.labels import class_names
 from ddpm.run.log import counted
-from ddpm.scoring.record import (
-    SCORE_NAMES,
-    Score,
-    against,
-    caution,
-    ends,
-    key_of,
-    number,
-    sampler_words,
-)
+from ddpm.scoring.record import SCORE_NAMES, Score, against, caution, ends, key_of, number, sampler_words
 
 USE = """```python
 import ddpm

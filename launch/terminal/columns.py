@@ -33,8 +33,8 @@ class Column:
 
 
 def lines(rows: list[dict[str, Any]], width: int) -> tuple[list[str], set[str]]:
-    """Of runs: the head, and a line for each row, at most `width` wide; wider only where run, state and step alone are.
-    And the names of the columns that had something to say and no room.
+    """The table of runs: its head and a line for each row; and the names of the columns that had something to say, and
+    no room. Lines are at most `width` wide, unless run, state and step alone are wider.
     """
     return fitted(rows, width, COLUMNS, BY_NEED)
 

@@ -31,7 +31,7 @@ def run_script(main: Callable[[], int]) -> None:
     """Run a script's main and leave with its exit code; what a user can mend is one message, never a traceback."""
     streams.make_safe()
     try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was while everything was loaded
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as first.py has set it for loading
             signal.signal(signal.SIGINT, signal.default_int_handler)
         faults.before_cpu_limit(_spent)
         code = main()
@@ -71,7 +71,7 @@ def _exit_code(error: Exception) -> int:
     if isinstance(error, DDPMError):
         return error.exit_code
     if isinstance(error, DamagedFile | NotADirectoryError | IsADirectoryError):
-        return RequestError.exit_code  # of what is not there as it was nothing can be asked
+        return RequestError.exit_code  # what is asked for is not there as it was
     if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `… | head` has read enough
         return 0
     return EnvironmentLacks.exit_code  # no permission, no room, a limit: the machine's, or another user's directory
@@ -215,7 +215,7 @@ def check_outside_runs(path: Path, option: str) -> None:
     or be taken for one, and it goes when the run is removed."""
     there = path.expanduser().resolve()
     for folder in (there, *there.parents):
-        own, others = folder / "run.json", (folder / "config.yaml", folder / "checkpoints")  # as other trainers have
+        own, others = folder / "run.json", (folder / "config.yaml", folder / "checkpoints")  # others have one too
         if os.path.lexists(own) and any(map(os.path.lexists, others)):
             raise RequestError(f"{option} {path}: lies in run {plain(folder.name)}; name a place outside of runs")
 

@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddpm.errors import DDPMError, DoNotRetry, NodeUnfit
-from ddpm.run.files import FULL, DamagedFile, link_to_nothing, not_ours
+from ddpm.run.files import FULL, DamagedFile, link_to_nothing
+from ddpm.run.owners import not_ours
 from launch.cluster import environment
 
 LIMITS = {
@@ -39,8 +40,6 @@ OF_WORDS = {
     "not enough memory": "v",
 }
 """Text in libraries' own errors -> ulimit's letter."""
-
-
 LIBRARIES = ("undefined symbol", "GLIBC_", "GLIBCXX_", "CXXABI_", "cannot open shared object file")
 """Text in the error of an import that found a shared library, and not the one that was meant."""
 
@@ -147,7 +146,7 @@ def before_cpu_limit(act: Callable[[], object]) -> None:
         return
 
     def heard(*_: object) -> None:
-        signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes every second now
+        signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # from now on it comes every second
         act()
 
     signal.signal(signal.SIGXCPU, heard)

@@ -38,7 +38,7 @@ def _told(states: dict[str, str], stages: dict[str, str]) -> str:
 
 
 Stage = tuple[str, str]
-"""Its name, and the set that it is of; "" of training."""
+"""A stage's name, and its set; "" for training."""
 
 
 class Follower:

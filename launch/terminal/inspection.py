@@ -218,7 +218,7 @@ def _checkpoints(run: RunDir) -> Lines:
             *_judged(f"checkpoints/step-{step:09d}", _generation, run, step),
             *_judged(f"checkpoints/{run.ema_weights(step).name}", _ema, run, step, needed=False),
         ]
-        if step in run.steps_saved():  # else a run at work has retired it meanwhile
+        if step in run.steps_saved():  # else a run at work has removed it meanwhile
             yield from lines
     for path in run.lost_manifests():
         yield Line("damaged", f"checkpoints/{path.stem}", f"its manifest is {link_to_nothing(path)}: no checkpoint")
@@ -232,7 +232,7 @@ def _unsaved(run: RunDir) -> Lines:
     except evidence.Incomplete as e:
         yield Line("missing", "checkpoints/", str(e))
     saved = evidence.last_saved(read_events(run)) if run.latest_step() else 0
-    told = [*unfinished.alone(run), *(int(path.stem[5:]) for path in run.lost_manifests())]  # as damaged
+    told = [*unfinished.alone(run), *(int(path.stem[5:]) for path in run.lost_manifests())]  # told as damaged
     if saved > run.latest_step() and saved not in told:
         yield Line("missing", f"checkpoints/step-{saved:09d}", "events/ tells that it was saved")
 

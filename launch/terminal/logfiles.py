@@ -30,7 +30,7 @@ def of_run(run: RunDir, stage: str | None) -> list[Path]:
     array has one, to which its lives append; with --cluster local the stages of a job share one. Empty ones are left
     out.
     """
-    events = read_events(run) if stage else []  # who follows a log asks twice a second
+    events = read_events(run) if stage else []  # following a log asks for this twice a second
     local = {e["job"]: (e.get("stage") or "").split("+") for e in events if e["event"] == "submitted"}
     found = []
     for path in listed(run.logs):
@@ -51,7 +51,7 @@ def unheard(run: RunDir) -> str:
 
 
 def job_of(log: Path) -> str:
-    """Whose it is; "" of a job of this machine."""
+    """The SLURM job whose log this is; "" for a job of this machine."""
     found = OF_SLURM.fullmatch(log.name)
     return found[2] if found else ""
 
@@ -139,7 +139,7 @@ def _begin(path: Path, last_lines: int) -> int:
 
 
 def _added(path: Path, since: int) -> tuple[list[str], int]:
-    """Whole lines from byte `since` on, and where the next one begins."""
+    """The whole lines from byte `since` on, and the byte at which the next one begins."""
     with path.open("rb") as f:
         f.seek(since if since <= f.seek(0, 2) else 0)
         since, data = f.tell(), f.read()

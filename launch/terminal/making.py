@@ -27,7 +27,7 @@ class Making(NamedTuple):
     images: int
     of_images: int
     images_per_s: float | None
-    """Of all tasks together; None before there is one."""
+    """The speed of all tasks together; None before it is known."""
 
     def told(self, now: float) -> str:
         """In words: `12,500 of 50,000 images, 38.2 images/s, until 14:05`."""
@@ -41,15 +41,15 @@ class Making(NamedTuple):
         """When the last image will be there, at this pace: a stamp."""
         if not self.images_per_s or self.images >= self.of_images:
             return None
-        with suppress(OverflowError, ValueError, OSError):  # in a thousand years
+        with suppress(OverflowError, ValueError, OSError):  # so late that no date can hold it
             left_s = (self.of_images - self.images) / self.images_per_s
             return stamp(datetime.fromtimestamp(now + left_s, timezone.utc))
         return None
 
 
 def newest(run: RunDir, now: float, set_name: str = "") -> Making | None:
-    """Of the set that was begun last, or of one by its name; None where there is none, or its request cannot be read.
-    now: Unix time."""
+    """How far the set is that was begun last, or that has this name; None if there is none, or its request cannot be
+    read. now: Unix time."""
     begun = [s for s in run.sample_sets() if s.request.exists() and set_name in ("", s.name)]
     if not begun:
         return None

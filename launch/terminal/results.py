@@ -90,7 +90,7 @@ def print_score(record: Mapping[str, Any], path: Path | None, *, as_json: bool, 
 
 
 def print_milestones(run: RunDir, *, as_json: bool) -> None:
-    """Its milestones.json: a line for each on a terminal."""
+    """Print the run's milestones.json, on a terminal as a line for each milestone."""
     record = read_json(run.milestones) or {}
     if as_json or not sys.stdout.isatty() or not record.get("curve"):
         print(run.milestones.read_text(), end="")

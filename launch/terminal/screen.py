@@ -30,7 +30,7 @@ HINTS = {"table": "↑↓ choose  enter page  l log  s stop  q quit", "page": "e
          "log": "esc back  enter page  s stop  q quit"}  # fmt: skip
 
 DATE = re.compile(r"^\d{4}-\d\d-\d\dT(\d\d:\d\d:\d\d)\.\d+Z")
-"""Of a line in a log; its time is enough here."""
+"""The date at the beginning of a line of a log; its time is enough here."""
 
 Row = dict[str, Any]
 Look = Callable[[Callable[[str], None]], list[Row]]
@@ -42,7 +42,7 @@ def watch(look: Look, *, details: bool) -> None:
     out = streams.below(sys.stdout)
     looker = _Looker(look)
     screen = Screen(look(console.warn), details=details)
-    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # it would leave a shell with a terminal in this state
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # ctrl-Z would leave the shell a terminal in this state
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with Keys() as keys:
@@ -154,11 +154,11 @@ class Screen:
     # ------------------------------------------------------------ lines
 
     def lines(self, width: int, height: int) -> list[str]:
-        """At most `height` lines of at most `width` cells, with what makes them bold or reversed."""
+        """The screen: at most `height` lines of at most `width` cells, with codes that make text bold or reversed."""
         room = height - self.has_keys
         try:
             shown = {"table": self._table, "page": self._page, "log": self._lines_of_log}[self._mode](width, room)
-        except (OSError, DamagedFile) as e:  # of another user, or removed meanwhile
+        except (OSError, DamagedFile) as e:  # another user's, or removed meanwhile
             shown = [_cut(plain(faults.words(e) or e), width)]
         shown = [*shown[:room], *[""] * (room - len(shown))]
         return [*shown, self._foot(width)] if self.has_keys else shown

@@ -24,7 +24,7 @@ class Facts:
 
     events: list[dict[str, Any]]
     jobs: dict[str, Queued] | None
-    """Those of its jobs that SLURM has; None: it was not asked, or did not answer."""
+    """The run's jobs that SLURM has; None: SLURM was not asked, or did not answer."""
     finished: bool = False
     """Whether training is."""
     stop_file: bool = False
@@ -35,7 +35,7 @@ class Facts:
     works_here: bool = False
     """Whether one does anything for it: trains, samples or scores."""
     cluster: str = ""
-    """Of which `jobs` are; "" where it has no name."""
+    """The cluster of `jobs`; "" if it has no name."""
     behind: bool = False
     """Whether the process here waits for another run's to end."""
 

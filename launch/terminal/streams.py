@@ -32,7 +32,7 @@ class Plain:
 
 
 def below(stream: Any) -> Any:
-    """For what draws on a terminal: the stream itself."""
+    """The stream itself, for what draws on a terminal."""
     return stream._stream if isinstance(stream, Plain) else stream
 
 

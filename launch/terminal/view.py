@@ -18,12 +18,12 @@ from launch.terminal import standing, streams
 LOOK_EVERY_S = 5.0
 """Not more often: each look asks the scheduler."""
 LINE_EVERY_S = 30.0
-"""In a pipe, of a run that only goes on."""
+"""Seconds between lines in a pipe about a run that only goes on."""
 PIPE_COLUMNS = 200
 
 Row = dict[str, Any]
 KINDS = {"kept": "kept", "start_up": "starting up", "lost": "lost", "stopping": "stopping", "pending": "not saved yet"}
-"""Of time, in words."""
+"""Kind of time -> words."""
 
 
 def columns() -> int:

@@ -16,6 +16,7 @@ from ddpm.run.events import EventLog
 from ddpm.run.fence import Fence
 from ddpm.run.files import read_jsonl
 from ddpm.run.paths import RunDir
+from ddpm.training.chronicle import MainChronicle
 from ddpm.training.ranks import World
 from ddpm.training.step import Step
 from ddpm.training.trainer import Trainer
@@ -31,16 +32,9 @@ class Life:
         apply(resolved)
         owner = {"job": "1", "restart": 0, "host": "here"}
         self.fence = Fence(run, owner, wait_s=0)
-        self.trainer = Trainer(
-            config,
-            run,
-            World(0, 1, device),
-            make_images(50),
-            resolved,
-            fence=self.fence,
-            events=EventLog(run, "1", 0, "here"),
-            owner=owner,
-        )
+        images, events = make_images(50), EventLog(run, "1", 0, "here")
+        chronicle = MainChronicle(config, run, self.fence, events, owner=owner, world_size=1, num_images=len(images))
+        self.trainer = Trainer(config, run, World(0, 1, device), images, resolved, chronicle)
 
     def __enter__(self) -> Trainer:
         self.trainer.resume()

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm.config.schema import Config
+from ddpm.data.decoding import to_square
 from ddpm.data.packed import PackedImages, images_digest
-from ddpm.data.sources import to_square
 from ddpm.diffusion.forward import Diffusion
 from ddpm.network import build, unet
 from tests.draws import drawn

@@ -82,7 +82,7 @@ ROWS = (
     Row("recipes", "the loop of every other recipe", training.recipes, "cuda"),
     Row("sampling-compiled", "DDIM by torch.compile", sampling.compiled, "cuda"),
 )
-"""In order of their worth: what does not fit the time is left out, and said."""
+"""All rows, the most important first: those for which there is no time are named, and left out."""
 QUICK = ("peaks", "loop", "training", "network", "inception", "checkpoint")
 
 
@@ -108,7 +108,7 @@ def _isa() -> str:
 
 
 def _keep(record: dict[str, Any], path: Path | None) -> None:
-    """Whole or not at all: neither a kill nor a full disk takes what was kept before."""
+    """Write the record whole or not at all: neither a kill nor a full disk takes what was kept before."""
     if path is None:
         return
     if path.exists() and not path.is_file():  # a pipe, or /dev/stdout

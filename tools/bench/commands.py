@@ -105,7 +105,7 @@ def _in_turns(works: dict[str, Callable[[], float]]) -> tuple[Times, Times, dict
 
 
 def _cpu_s() -> float:
-    """Of all processes that were started here and have ended."""
+    """CPU time of all processes that were started here and have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -63,7 +63,7 @@ def ratio(name: str, above: Sequence[float], below: Sequence[float], **more: Any
 
 
 def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Of the median, at least 95 %; None below six values."""
+    """An interval for the median, of at least 95 %; None below six values."""
     n, outside, k = len(values), 0.0, 0
     while k < n // 2 and (outside := outside + math.comb(n, k) * 0.5 ** (n - 1)) <= 0.05:
         k += 1

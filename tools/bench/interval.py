@@ -26,9 +26,9 @@ from launch.terminal import console
 class Coverage(NamedTuple):
     true: float
     expected: float
-    """At this number of samples."""
+    """The expected distance at this number of samples."""
     deviation: float
-    """Of the distance, from draw to draw."""
+    """The standard deviation of the distance from draw to draw."""
     covered: float
     """Share of draws whose interval holds the expected distance."""
     half_width: float

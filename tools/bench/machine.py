@@ -37,7 +37,7 @@ class Peaks:
 
 
 def measure(bench: Bench) -> Peaks:
-    """In the precision in which the network is trained there, by as many threads."""
+    """Measure the peaks in the precision, and with the threads, with which the network is trained there."""
     torch.set_num_threads(bench.threads)
     dtype = torch.bfloat16 if bench.gpu else torch.float32
     batch = bench.pick(gpu=512, cpu=8, small=1)
@@ -70,7 +70,7 @@ def peaks(bench: Bench) -> Peaks:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image's evaluation."""
+    """What the evaluation of one image costs."""
 
     flops: float
     normalised: int

@@ -40,7 +40,7 @@ class Case(NamedTuple):
     sampler: str
     options: dict[str, Any]
     order: float
-    """As theory has it."""
+    """The order that theory gives it."""
 
 
 CASES = (

@@ -48,7 +48,7 @@ def _diffusers_ddim(unet: Any, x_T: torch.Tensor, steps: int) -> None:
 
 
 def against_diffusers(bench: Bench) -> Result:
-    """In one precision: fp32 on a CPU, bf16 on a GPU, ours as a sample job takes it."""
+    """An evaluation and DDIM beside diffusers', both in fp32 on a CPU, in bf16 on a GPU; ours as in a sample job."""
     torch.set_num_threads(bench.threads)
     precision = "bf16" if bench.gpu else "fp32"
     batch = bench.pick(gpu=500, cpu=4, small=1)
@@ -91,7 +91,7 @@ def against_diffusers(bench: Bench) -> Result:
 
 
 def compiled(bench: Bench) -> Result:
-    """As above, torch's kernels compiled in place of ours."""
+    """DDIM with the network compiled by torch, instead of our kernels."""
     torch.compiler.reset()
     precision = "bf16" if bench.gpu else "fp32"
     batch, steps = bench.pick(gpu=500, cpu=4, small=1), bench.pick(gpu=20, cpu=2, small=1)

@@ -51,7 +51,7 @@ def frechet(bench: Bench) -> Result:
 
 
 def inception(bench: Bench) -> Result:
-    """In float32 without TF32, as scores are computed; random weights."""
+    """Inception features beside pytorch-fid's, in float32 without TF32, as for scores; random weights."""
     from pytorch_fid.inception import InceptionV3
 
     torch.set_num_threads(bench.threads)
@@ -83,7 +83,7 @@ def inception(bench: Bench) -> Result:
 
 
 def pytorch_fids(build: Any) -> Any:
-    """Its network with our random weights: its own are downloaded."""
+    """pytorch-fid's network with our random weights, since its own would be downloaded."""
     from pytorch_fid import inception as fid
 
     state, _ = random_weights()

@@ -95,7 +95,7 @@ def _of_code(said: str) -> str:
 
 
 def start(bench: Bench) -> Result:
-    """As a GPU compiles the default network, and a CPU does not."""
+    """Two lives of the default network, for which a GPU compiles kernels and a CPU does not."""
     (first, said), (again, kept) = lives(bench, OF_A_GPU if bench.gpu else OTHERS, *(SMALL if bench.small else ()))
     return Result([Figure("a first life, until its first step", first, "s"),
                    Figure("the next, which reads a checkpoint", again, "s", at_most=bench.goal(cpu=5, gpu=10))],

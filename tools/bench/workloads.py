@@ -19,6 +19,7 @@ from ddpm.network.device import Resolved, apply, resolve
 from ddpm.run.events import EventLog
 from ddpm.run.fence import Fence
 from ddpm.run.paths import RunDir
+from ddpm.training.chronicle import Chronicle, MainChronicle
 from ddpm.training.ranks import World
 from ddpm.training.trainer import Trainer
 from tools.bench import PROJECT
@@ -57,12 +58,15 @@ def trainer_of(
     owner = {"job": "bench", "restart": 0, "host": "here"}
     with tempfile.TemporaryDirectory() as where:
         run = RunDir(Path(where))
-        main = world.is_main
-        fence = Fence(run, owner) if main else None
-        events = EventLog(run, "bench", 0, "here") if main else None
         size, classes = asked.data.image_size, asked.model.num_classes or 1
         images = noise_images(bench.pick(gpu=50_000, cpu=5_000, small=500) * 32**2 // size**2, size, classes)
-        trainer = Trainer(asked, run, world, images, resolved, fence=fence, events=events, owner=owner)
+        fence, chronicle = None, Chronicle()
+        if world.is_main:
+            fence, events = Fence(run, owner), EventLog(run, "bench", 0, "here")
+            chronicle = MainChronicle(
+                asked, run, fence, events, owner=owner, world_size=world.world_size, num_images=len(images)
+            )
+        trainer = Trainer(asked, run, world, images, resolved, chronicle)
         trainer.resume()
         try:
             yield trainer
@@ -86,7 +90,7 @@ def own_step(trainer: Trainer) -> Callable[[], None]:
 
 
 def flops(network: Callable[..., Any], *arguments: Any) -> float:
-    """Of one forward pass; a training step takes three times as many."""
+    """FLOPs of one forward pass; a training step takes three times as many."""
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         network(*arguments)
     return float(counted.get_total_flops())

@@ -38,7 +38,7 @@ def problems(run: RunDir) -> list[str]:
 
 
 def _events(run: RunDir) -> list[dict[str, Any]]:
-    """In order of time; of one file, in the order of its lines."""
+    """A run's events in order of time, those of one file in the order of its lines."""
     told = [e for path in sorted(listed(run.events)) if path.suffix == ".jsonl" for e in read_jsonl(path)]
     return sorted(told, key=lambda e: str(e["time"]))
 

@@ -39,7 +39,7 @@ class Process:
     stepd_pid: int
     rank: int
     task: int | None
-    """Of an array."""
+    """The task of an array."""
 
 
 @dataclass

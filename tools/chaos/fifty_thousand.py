@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
@@ -181,8 +182,7 @@ def _score(c: Cluster, run: RunDir) -> int:
 def _scored_in_a_storm(c: Cluster, run: RunDir, num: int, asked: list[str]) -> tuple[bool, str]:
     """The first `num` of the set by Inception's network, by tasks of which one is pre-empted and one killed."""
     part, shards = run.sample_set("part"), min(SHARDS, num // 4)
-    few = c.bed.mkdir("reference") / "few.npz"  # of the data there are more images than of a reduced set
-    np.savez(few, arr_0=np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+    few = _reference(c.bed.mkdir("reference"))
     words = [*asked, "--set", part.name, "--shards", str(shards), "--tasks", "1"]
     words[words.index("--num-samples") + 1] = str(num)
     c.bed.wait_state(_array(c.script(*words)), timeout_s=600)
@@ -215,6 +215,13 @@ def _scored_in_a_storm(c: Cluster, run: RunDir, num: int, asked: list[str]) -> t
     )
 
 
+def _reference(folder: Path) -> Path:
+    """Fewer images than a reduced set has, which the training images are not."""
+    few = folder / "reference.npz"
+    np.savez(few, arr_0=np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+    return few
+
+
 # ---------------------------------------------------------------- without SLURM
 
 
@@ -228,8 +235,7 @@ def scored_and_killed(count: int) -> Result:
                 asked = ["--set", "scored", "--num-samples", str(count), "--shards", str(shards), "--prepare"]
                 subprocess.run([*_script("sample"), str(run.path), *asked], check=True, capture_output=True)
             subprocess.run(_job(run, *words), check=True, stdout=lives.log_of(run).open("ab"), cwd=PROJECT)
-        few = root / "reference.npz"  # of the data there are more images than of a reduced set
-        np.savez(few, arr_0=np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+        few = _reference(root)
         scoring = _job(run, "evaluate", "scored", "--reference", str(few), "--extractor", "random-inception")
         half = subprocess.Popen(scoring, stdout=lives.log_of(run).open("ab"), cwd=PROJECT)
         while len(kept := _features(run.sample_set("scored"))) < shards // 2 and half.poll() is None:

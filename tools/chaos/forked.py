@@ -110,7 +110,7 @@ def _ended(pid: int) -> int | None:
 
 
 class Popen:
-    """In the place of subprocess's where jobs are started on this machine: they are forked, in turn, and then over."""
+    """Takes the place of subprocess.Popen where jobs are started on this machine: each is forked, and awaited."""
 
     def __init__(self, argv: list[str], *, stdout: Any, env: dict[str, str], **_: Any) -> None:
         from launch import jobs

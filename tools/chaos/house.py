@@ -33,8 +33,6 @@ CONFIG = [
     "sample.shards=2", "sample.batch=3", "sample.steps=2", "evaluate.extractor=pixels",
     "evaluate.milestones={num_samples: 4}",
 ]  # fmt: skip
-
-
 BOUND = ("--bits-per-dim", "--reference", "train", "--num-images", "4", "--step", str(EARLY))
 
 
@@ -54,7 +52,7 @@ class House:
 
     @property
     def weights(self) -> Path:
-        """That the run starts from."""
+        """The weights that the run starts from."""
         return self.where / "weights.safetensors"
 
     @property

@@ -153,7 +153,7 @@ def at_steps(acts: dict[int, Act]) -> Callable[[], None]:
 
         real = Trainer.train
 
-        def train(trainer: Trainer, stop_requested: StopRequested, *patience: Any) -> Outcome:
+        def train(trainer: Trainer, stop_requested: StopRequested) -> Outcome:
             began = trainer.at.step
 
             def act_first() -> str | None:
@@ -161,7 +161,7 @@ def at_steps(acts: dict[int, Act]) -> Callable[[], None]:
                     act(trainer)
                 return stop_requested()
 
-            return real(trainer, act_first, *patience)
+            return real(trainer, act_first)
 
         Trainer.train = train  # type: ignore[method-assign]
 

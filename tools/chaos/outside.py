@@ -123,8 +123,6 @@ CELLS = [
     for moment in MOMENTS for kind in KINDS if (moment, kind) != ("finished", "part")
     for damage in DAMAGES for verb in VERBS
 ]  # fmt: skip
-
-
 TOLD_OTHERWISE = {"config", "events", "metrics", "checkpoint", "manifest"}
 """Kinds after whose damage a run may honestly tell of less, or go on from an older step."""
 

@@ -165,7 +165,7 @@ def slurmctld_killed(c: Cluster, count: int) -> Result:
 
 
 def fences(run: RunDir, beyond: int = -1) -> set[int]:
-    """Whose generations there are beyond a step. Retention may remove one while it is read."""
+    """The fencing tokens of the generations beyond a step. Retention may remove one while it is read."""
     found = set()
     for step in (s for s in run.steps_saved() if s > beyond):
         with contextlib.suppress(FileNotFoundError):

@@ -27,21 +27,13 @@ from tools.chaos.house import SHOWN, VERBS, House
 
 BAD = "BAD"
 REFUSALS = (2, 3, 78)
-"""Of a script: the request was wrong, or the machine lacks something; of a job: do not retry."""
+"""Exit codes: of a script for a wrong request or a machine that lacks something; of a job for `do not retry`."""
 OFTEN_REPLACED = {"lock", "fence", "heartbeat.json"}
 """Signs of the present alone: the next life writes its own."""
 VOLATILE = {
-    "created",
-    "fence",
-    "self_sha256",
-    "command",
-    "time",
-    "since",
-    "last_sign",
-    "images_per_s",
-    "versions",
-    "git",
+    *("created", "fence", "self_sha256", "command", "time", "since", "last_sign", "images_per_s", "versions", "git"),
 }
+"""Keys of records whose values differ from life to life."""
 Content = dict[str, set[str]]
 """Path -> digests of what the file holds: of all of it, or of each record."""
 
@@ -52,7 +44,7 @@ class Watched:
 
     content: Content
     products: dict[str, str]
-    """Of all verbs: name -> digest."""
+    """What all verbs have made: name -> digest."""
 
 
 @dataclass(frozen=True)

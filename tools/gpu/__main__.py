@@ -44,9 +44,9 @@ FIRST = ("ranks", "jobs", "training", "compiled", "kernels", "sampling", "asides
 """Files of tests/gpu in the order in which they are begun: those that take longest, beside which the others fit, then
 those that say most."""
 SHARE = {"checks": 0.35, "bench": 0.55, "run": 1.0}
-"""Of the time that is left when a stage begins."""
+"""Stage -> the part that it gets of the time that is left when it begins."""
 LEAVE_S = 10.0
-"""That what is interrupted at the limit has to say what it found so far."""
+"""Time for what is interrupted at the limit to say what it found so far."""
 
 GUARDED = (
     "/bin/sh",
@@ -129,7 +129,7 @@ def checks(out: Path, limit_s: float) -> int:
 
 
 def bench(out: Path, limit_s: float, rows: list[str]) -> int:
-    """Its rows on this GPU; a goal that is missed is no failure here, where all figures are wanted."""
+    """Run the bench's rows on this GPU. A missed goal is no failure here, where all figures are wanted."""
     small = [] if torch.cuda.is_available() else ["--small"]
     command = [sys.executable, "-m", "tools.bench", *rows, *small, "--json", str(out / "bench.json")]
     (out / "bench.json").unlink(missing_ok=True)  # an earlier call's

@@ -41,7 +41,7 @@ def _as_user(argv: Sequence[str], cwd: str | Path, timeout: float = 60,
 
 
 def patience() -> float:
-    """By how much to wait longer than on a machine of one's own: its runnable processes for each core, at least 1."""
+    """The factor by which to wait longer than on an idle machine: runnable processes for each core, at least 1."""
     return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
 
 

@@ -53,7 +53,7 @@ def test_a_job_inherits_no_cluster_from_the_sbatch_that_queues_it(
     played(monkeypatch, tmp_path, "sbatch")
     for name in asked.VARIABLES:
         monkeypatch.setenv(name, "bravo")
-    with environment.submitting(["sbatch", "--clusters=bravo"]):
+    with asked.submitting(["sbatch", "--clusters=bravo"]):
         assert slurm.run(["sbatch"]) == "none none\n"
 
 

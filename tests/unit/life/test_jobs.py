@@ -335,7 +335,7 @@ def leave_after_a_failed_save(world: World, run: RunDir) -> None:
 
     env = JobEnvironment("slurm", "17", 0, "n1", world.rank, world.world_size, world.rank, "", 0, 1, None, "")
     trainer: Any = SimpleNamespace(warm=True, train=train)
-    assert training._until_the_end(Life(run, StopFlag(), env), world, trainer, None, 10) == 1
+    assert training._until_the_end(Life(run, StopFlag(), env), world, trainer, None) == 1
     assert run.exit_marker("17", 0).read_text() == "1 save_failed"
 
 

@@ -17,6 +17,7 @@ from ddpm.run import files, generations, saving, unfinished
 from ddpm.run.evidence import Incomplete
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, HashingFile, write_json
+from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import HostCopy
 from ddpm.run.state import finished_step
@@ -112,15 +113,15 @@ def test_a_file_is_not_published_into_a_directory_that_there_is_not(tmp_path: Pa
 def test_somebody_elses_directory_is_named_with_its_owner_and_what_opens_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert files.not_ours(tmp_path / "no" / "such" / "file") == ""
+    assert not_ours(tmp_path / "no" / "such" / "file") == ""
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    said = files.not_ours(tmp_path / "no" / "such" / "file")
+    said = not_ours(tmp_path / "no" / "such" / "file")
     assert said.startswith(f"{tmp_path} belongs to ") and "this is uid 54321" in said
     assert f"chmod -R g+rwX {tmp_path}" in said
     tmp_path.chmod(0o770)
     monkeypatch.setattr(os, "getegid", lambda: 54321)
     monkeypatch.setattr(os, "getgroups", list)
-    said = files.not_ours(tmp_path / "file")
+    said = not_ours(tmp_path / "file")
     assert "is not in its group " in said and "chmod" not in said
 
 
@@ -130,7 +131,7 @@ def test_where_nothing_can_be_looked_at_nobody_is_blamed(tmp_path: Path, monkeyp
 
     with monkeypatch.context() as m:
         m.setattr(Path, "stat", unknown)
-        assert files.not_ours(tmp_path / "file") == ""
+        assert not_ours(tmp_path / "file") == ""
 
 
 def test_a_record_nested_beyond_all_sense_has_no_digest_and_is_damaged() -> None:

@@ -7,18 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm.config.schema import Config
 from ddpm.errors import RunBusy
 from ddpm.run.files import read_json, read_jsonl
 from ddpm.run.paths import RunDir
 from ddpm.training import telemetry
 from ddpm.training.telemetry import Telemetry
+from tests.training import make_config
 
 
 def opened(run: RunDir, step: int, **options: Any) -> Telemetry:
-    usual = {"owner": {"job": "1", "restart": 0, "host": "h"}, "logged_step": 0, "every_steps": step or 1}
-    usual |= {"config": Config(), "may_publish": lambda: None}
-    return Telemetry(run, step=step, total_steps=100, **{**usual, **options})
+    every = options.pop("every_steps", step or 1)
+    config = make_config(train__total_steps=100, log__every_steps=every)
+    usual = {"owner": {"job": "1", "restart": 0, "host": "h"}, "logged_step": 0, "may_publish": lambda: None}
+    return Telemetry(config, run, step=step, **{**usual, **options})
 
 
 def line(step: int) -> dict[str, Any]:

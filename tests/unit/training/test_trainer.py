@@ -480,7 +480,8 @@ def test_a_stop_whose_save_meets_a_passing_error_tries_again_while_there_is_time
 
     monkeypatch.setattr(Checkpointer, "_publish", failing)
     with Life(make_config(), run) as life:
-        outcome = life.trainer.train(lambda: "preempted" if life.trainer.at.step == 3 else None, lambda _: patience_s)
+        monkeypatch.setattr(life.trainer.chronicle, "patience_s", lambda reason: patience_s)
+        outcome = life.trainer.train(lambda: "preempted" if life.trainer.at.step == 3 else None)
     assert outcome == Outcome(False, 3, "preempted", saved) and tries == (4 if saved else 1)
     assert run.steps_saved() == ([3] if saved else [])
 
