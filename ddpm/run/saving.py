@@ -150,12 +150,16 @@ class Checkpointer:
 
     def wait(self, *, raising: bool = True) -> None:
         """Wait for the write under way. Raises RunBusy; with `raising` also the OSError of a failed write."""
-        if self._thread is not None and self._thread.ident is not None:  # it has started
-            self._thread.join()
+        self.join()
         self._thread = None
         error, self._error = self._error, None
         if isinstance(error, RunBusy) or (error is not None and (raising or not isinstance(error, OSError))):
             raise error
+
+    def join(self, at_most_s: float | None = None) -> None:
+        """Wait for the end of the write under way, whatever comes of it."""
+        if self._thread is not None and self._thread.ident is not None:  # it has started
+            self._thread.join(at_most_s)
 
     def _write_guarded(self, state: dict[str, Any], final: bool) -> None:
         """`_write`, whose error is kept for `wait`."""

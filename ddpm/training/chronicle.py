@@ -30,6 +30,7 @@ from ddpm.training.telemetry import Telemetry
 MAY_PASS = PASSING | FULL | {errno.EROFS}
 """Errors of a save after which it may succeed in a moment."""
 SAVE_AGAIN_S = 2
+END_SAVE_S = 60.0
 
 
 class Chronicle:
@@ -86,6 +87,9 @@ class Chronicle:
 
     def settle(self) -> None:
         """Wait until the save under way has succeeded or failed. Raises RunBusy."""
+
+    def end_save(self) -> None:
+        """Let the save under way end, for END_SAVE_S at most, before an error ends the process."""
 
     def rest(self) -> None:
         """Called at a stop, after which this process may be killed or may go on."""
@@ -248,6 +252,10 @@ class MainChronicle(Chronicle):
 
     def settle(self) -> None:
         self.saver.wait(raising=False)
+
+    def end_save(self) -> None:
+        if self._saver is not None:
+            self._saver.join(END_SAVE_S)
 
     def rest(self) -> None:
         self._mirror.close()

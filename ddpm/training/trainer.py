@@ -184,6 +184,13 @@ class Trainer:
         Raises DoNotRetry (rollbacks used up, damaged checkpoints), RunBusy (fenced out), EnvironmentLacks (the data was
         overwritten while it was mapped). A stop whose save failed is reported as `saved=False`.
         """
+        try:
+            return self._train(stop_requested)
+        except Exception:
+            self.chronicle.end_save()  # of an earlier step, which was good
+            raise
+
+    def _train(self, stop_requested: StopRequested) -> Outcome:
         self.step.choose_kernels()
         if not self.state.is_last and (reason := self.world.agreed_stop(stop_requested)):
             return self._stop(reason)  # asked for while starting up

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -16,7 +17,7 @@ from ddpm.config.reading import load
 from ddpm.config.schema import Config
 from ddpm.config.unet_shape import Structure
 from ddpm.data.packed import pack
-from ddpm.errors import DoNotRetry, EnvironmentLacks, RunBusy
+from ddpm.errors import DoNotRetry, EnvironmentLacks, RanksLost, RunBusy
 from ddpm.network.arithmetic import peak, utilization
 from ddpm.network.device import resolve
 from ddpm.network.dropout import Dropout
@@ -484,6 +485,29 @@ def test_a_stop_whose_save_meets_a_passing_error_tries_again_while_there_is_time
         outcome = life.trainer.train(lambda: "preempted" if life.trainer.at.step == 3 else None)
     assert outcome == Outcome(False, 3, "preempted", saved) and tries == (4 if saved else 1)
     assert run.steps_saved() == ([3] if saved else [])
+
+
+@pytest.mark.parametrize(("writes_s", "at_most_s", "steps"), [(0.5, 60, [4, 2]), (2, 0.1, [2])])
+def test_a_save_under_way_where_training_ends_by_an_error_is_given_time_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes_s: float, at_most_s: float, steps: list[int]
+) -> None:
+    run = make_run(tmp_path)
+    monkeypatch.setattr(chronicle, "END_SAVE_S", at_most_s)
+    publish = Checkpointer._publish
+
+    def slowly(self: Checkpointer, state: dict[str, Any], with_ema: bool) -> str:
+        time.sleep(writes_s if state["step"] == 4 else 0)
+        return publish(self, state, with_ema)
+
+    def asked() -> None:
+        if life.trainer.at.step == 5:
+            raise RanksLost("rank 1 is lost")
+
+    monkeypatch.setattr(Checkpointer, "_publish", slowly)
+    with Life(make_config(checkpoint__every_steps=2), run) as life:
+        with pytest.raises(RanksLost, match="rank 1"):
+            life.trainer.train(asked)
+        assert run.steps_saved() == steps  # which is all that there will ever be: the process ends here
 
 
 def test_a_disk_full_for_everything_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
