@@ -54,10 +54,12 @@ def beset(
 
 def _stopped_while_others_tell(told: Path, others: int) -> None:
     me = os.getpid()
-    if os.fork() == 0:  # wakes this one in the end
+    if os.fork() == 0:  # wakes this one in the end, also where they wait for ever
         ends = time.monotonic() + 60
         while len(list(told.iterdir())) < others and time.monotonic() < ends:
             time.sleep(0.1)
+        if time.monotonic() >= ends:
+            (told / "in vain").touch()
         os.kill(me, signal.SIGCONT)
         os._exit(0)
     os.kill(me, signal.SIGSTOP)
@@ -75,7 +77,7 @@ def test_the_others_name_a_rank_that_is_not_heard(tmp_path: Path, kind: str, who
     on_ranks(3, print, kind, whom, tmp_path, timeout_s=4, join=beset)
     others = {str(rank) for rank in ALL} - {str(whom)}
     said = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert others <= set(said) and all(says in said[rank] for rank in others)
+    assert others <= set(said) and all(says in said[rank] for rank in others) and "in vain" not in said
 
 
 @pytest.mark.parametrize(("error", "lost"), [
