@@ -20,9 +20,9 @@ from ddpm.errors import DoNotRetry, EnvironmentLacks, RunBusy
 from ddpm.network.arithmetic import peak, utilization
 from ddpm.network.device import resolve
 from ddpm.network.dropout import Dropout
+from ddpm.run import unfinished
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
-from ddpm.run.saving import Checkpointer
 from ddpm.training import chronicle, ranks
 from ddpm.training.meter import Meter
 from ddpm.training.replay import Exchange
@@ -469,16 +469,16 @@ def test_a_stop_whose_save_meets_a_passing_error_tries_again_while_there_is_time
 ) -> None:
     run, tries = make_run(tmp_path), 0
     monkeypatch.setattr(chronicle, "SAVE_AGAIN_S", 0.01)
-    publish = Checkpointer._publish
+    begin = unfinished.begin
 
-    def failing(self: Checkpointer, *args: Any) -> None:
+    def failing(*args: Any) -> Path:
         nonlocal tries
         tries += 1
         if tries < 4:
             raise OSError(code, "of the file system")
-        publish(self, *args)
+        return begin(*args)
 
-    monkeypatch.setattr(Checkpointer, "_publish", failing)
+    monkeypatch.setattr(unfinished, "begin", failing)
     with Life(make_config(), run) as life:
         outcome = life.trainer.train(lambda: "preempted" if life.trainer.at.step == 3 else None, lambda _: patience_s)
     assert outcome == Outcome(False, 3, "preempted", saved) and tries == (4 if saved else 1)
