@@ -30,8 +30,10 @@ def beset(
     torch.set_num_threads(1)
     if kind == "never comes" and rank == whom:
         return
+    if kind in ("freezes as they come", "hangs") and rank == whom:
+        _be_woken_once_others_have_told(told, world_size - 1)
     if kind == "freezes as they come" and rank == whom:
-        Peers._await_all = lambda peers: _stopped_while_others_tell(told, world_size - 1)  # type: ignore[assignment,method-assign,return-value]
+        Peers._await_all = lambda peers: _stop()  # type: ignore[assignment,method-assign,return-value]
     try:
         world = ranks.join(
             rank=rank, world_size=world_size, local_rank=rank, master_addr="127.0.0.1", master_port=port,
@@ -41,7 +43,7 @@ def beset(
             world.barrier()
             if rank == whom:
                 if kind == "hangs":
-                    _stopped_while_others_tell(told, world_size - 1)
+                    _stop()
                 elif kind == "is late":
                     time.sleep(2 * timeout_s)
                 else:
@@ -52,17 +54,23 @@ def beset(
     os._exit(0)
 
 
-def _stopped_while_others_tell(told: Path, others: int) -> None:
-    me = os.getpid()
-    if os.fork() == 0:  # wakes this one in the end, also where they wait for ever
-        ends = time.monotonic() + 60
-        while len(list(told.iterdir())) < others and time.monotonic() < ends:
-            time.sleep(0.1)
-        if time.monotonic() >= ends:
-            (told / "in vain").touch()
+def _be_woken_once_others_have_told(told: Path, others: int) -> None:
+    """By a child, which is forked while there is one thread; also where they wait for ever."""
+    me, ends = os.getpid(), time.monotonic() + 60
+    if os.fork():
+        return
+    while len(list(told.iterdir())) < others and time.monotonic() < ends:
+        time.sleep(0.1)
+    if time.monotonic() >= ends:
+        (told / "in vain").touch()
+    while os.getppid() == me:
         os.kill(me, signal.SIGCONT)
-        os._exit(0)
-    os.kill(me, signal.SIGSTOP)
+        time.sleep(0.1)
+    os._exit(0)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
     os._exit(0)
 
 
