@@ -59,7 +59,10 @@ class Mapped:
 
 def store(packed: PackedImages, device: torch.device) -> Resident | Mapped:
     """Where batches for `device` are taken from."""
-    fits = device.type == "cuda" and packed.images.nbytes < torch.cuda.mem_get_info(device)[0] // RESIDENT_SHARE
+    if device.type != "cuda":
+        return Mapped(packed)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, of steps rolled back
+    fits = packed.images.nbytes < (torch.cuda.mem_get_info(device)[0] + kept) // RESIDENT_SHARE
     return Resident(packed, device) if fits else Mapped(packed)
 
 

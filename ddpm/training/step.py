@@ -31,6 +31,8 @@ from ddpm.training.replay import Exchange, Moved, Replay
 from ddpm.training.state import TrainingState
 from ddpm.training.update import Update, is_adam, serves
 
+LEFT_SHARE = 16
+"""Of a GPU's memory this part is left where it is tried out how many images fit."""
 MOST_SKIPPED = 100
 """After so many overflows of fp16 gradients in a row, each at half the loss scale before, the scale is not the
 cause."""
@@ -142,12 +144,15 @@ class Step:
 
     def try_out(self, num: int) -> None:
         """Forward and backward of `num` images on this rank alone, not compiled, with the optimizer's moments
-        allocated.
+        allocated, and what is left for a recording's own and for what is computed beside the steps.
 
         Raises RuntimeError if they do not fit. Leaves no gradient behind.
         """
         weights = () if self.state.optimizer.state else self.state.model.parameters()
-        room = [(torch.empty_like(p), torch.empty_like(p)) for p in weights]
+        room = [torch.empty_like(p) for p in weights for _ in range(2)]
+        if self.gpu:
+            left = torch.cuda.mem_get_info(self.world.device)[1] // LEFT_SHARE
+            room.append(torch.empty(left, dtype=torch.uint8, device=self.world.device))
         try:
             with self.gradients_alone(num):
                 pass

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -169,13 +169,16 @@ class Trainer:
         self.chronicle.begin(self.at.step, self.at.step - self.state.window.steps)
 
     def fit(self) -> int | None:
-        """Find train.micro_batch=auto, if no earlier life has; returns it, else None. Called on all ranks.
+        """Find train.micro_batch=auto, if it was not found before; returns it, else None. Called on all ranks, where
+        kernels may be compiled: by torch's an image takes twice the memory.
 
-        Raises DoNotRetry if not one image fits.
+        Raises as `fitting.fit`.
         """
         if self.config.train.micro_batch != "auto" or self.resolved.micro_batch is not None:
             return None
+        self._choose_kernels()
         found = fitting.fit(self.step)
+        self.resolved = replace(self.resolved, micro_batch=found)
         self.chronicle.say("train.micro_batch=auto", images_at_a_time=found, of=self.step.share)
         return found
 

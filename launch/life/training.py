@@ -102,9 +102,6 @@ def _in_step(life: Life, config: Config, why: str | None, world: World, timeout_
     if why := world.broadcast(faults.small_files(size + SPARE_BYTES) if world.is_main else None):
         needs = f"a checkpoint has {amount(size)}, and logs up to {amount(SPARE_BYTES)}"
         raise DoNotRetry(f"{needs}; {why}, then submit again")
-    found = trainer.fit()
-    if fence is not None and found is not None:
-        _keep(run, fence, {**read_run(run)["resolved"], "micro_batch": found})
     return _until_the_end(life, world, trainer, fence, timeout_s)
 
 
@@ -184,6 +181,9 @@ def _until_the_end(life: Life, world: World, trainer: Trainer, fence: Fence | No
         if not trainer.warm:
             # compilers that start here must not die of a signal meant for us
             with life.stop.held(), _compiling(life, world, trainer, fence):
+                found = trainer.fit()
+                if fence is not None and found is not None:
+                    _keep(life.run, fence, {**read_run(life.run)["resolved"], "micro_batch": found})
                 trainer.warm_up(life.stop)
         outcome = trainer.train(life.stop, lambda reason: save_patience_s(life, reason, timeout_s))
         if not outcome.saved:

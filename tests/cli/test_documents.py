@@ -66,7 +66,7 @@ ELSEWHERE = {
     "python -m tools.bench.sampler_orders": "tests/unit/diffusion/test_samplers.py",
     "python -m tools.chaos": "tests/chaos/test_files.py",
     "python -m tools.config_docs": "tests/cli/test_documents.py",
-    "python -m tools.gpu": "tests/gpu/test_stages.py",
+    "python -m tools.gpu": "tests/unit/test_stages.py",
     "python -m tools.gpu.targets": "tests/unit/test_targets.py",
     "pip install .": "tests/unit/test_wheel.py",
     "sbatch": "tests/slurm/test_life.py",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ def test_a_trial_brings_back_its_curve_grid_and_digest_and_leaves_no_process(
     monkeypatch.setattr(trial, "STOP_S", 12.0)
     seen: list[RunDir] = []
     monkeypatch.setattr(
-        trial, "submit", lambda data, where, submit=trial.submit: (seen.append(where), submit(data, where))
+        trial, "submit", lambda data, where, ends, submit=trial.submit: (seen.append(where), submit(data, where, ends))
     )
     (out := tmp_path / "out").mkdir()
     assert trial.run(out, 50, tmp_path / "images") == 0
@@ -57,8 +59,25 @@ def test_on_a_gpu_the_recipe_is_trained_as_it_is_whatever_tools_lie_beside_it(
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         monkeypatch.setattr(trial.subprocess, "run", lambda words, **_: (found.append({*words} >= REDUCED), DONE)[1])
-        trial.submit(tmp_path, RunDir(tmp_path / "trial"))
+        trial.submit(tmp_path, RunDir(tmp_path / "trial"), time.monotonic() + 99)
     assert found == [False, True]
+
+
+@pytest.mark.parametrize(("submission", "why"), [
+    ("import time; time.sleep(60)", "submit.py was not done in 1 s"),
+    ("raise SystemExit(3)", "submit.py left with 3"),
+])  # fmt: skip
+def test_a_trial_that_does_not_begin_ends_in_time_and_leaves_what_it_knows(
+    submission: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = subprocess.run
+    monkeypatch.setattr(
+        trial.subprocess, "run", lambda words, **options: run([sys.executable, "-c", submission], **options)
+    )
+    with pytest.raises(AssertionError, match=why):
+        trial.run(tmp_path, 1.0, tmp_path)
+    assert json.loads((tmp_path / "trial.json").read_text())["steps"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["trial.json"]
 
 
 def processes_of(run: RunDir) -> list[bytes]:

@@ -18,7 +18,7 @@ from ddpm.training.step import Step
 from ddpm.training.trainer import Trainer
 from tools.bench import PROJECT, workloads
 from tools.bench.counting import Operations, launched, launches, parts_of, profiled
-from tools.bench.figures import Figure, Result, ratio
+from tools.bench.figures import Figure, Result, ratio, short
 from tools.bench.machine import best_training, cost
 from tools.bench.measure import Bench
 from tools.bench.workloads import own_step, trainer_of
@@ -187,6 +187,7 @@ def recipes(bench: Bench) -> Result:
         gc.collect()  # of the memory of the one before, too
         try:
             result.figures.append(_recipe(bench, name, *elsewhere))
+            print(f"{result.figures[-1].name}: {short(result.figures[-1].value)} images/s", flush=True)  # if cut short
         except Exception as e:
             traceback.print_exc()
             result.notes.append(f"failed: {name}: {type(e).__name__}: {e}")

@@ -25,7 +25,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -38,8 +40,9 @@ from tools.bench.__main__ import ROWS
 from tools.gpu import trial
 
 STAGES = ("checks", "bench", "run")
-LONGEST = ("compiled", "jobs", "ranks", "training")
-"""Files of tests/gpu that take longest: the others fit beside them."""
+FIRST = ("ranks", "jobs", "training", "compiled", "kernels", "sampling", "asides", "update")
+"""Files of tests/gpu in the order in which they are begun: those that take longest, beside which the others fit, then
+those that say most."""
 SHARE = {"checks": 0.35, "bench": 0.55, "run": 1.0}
 """Of the time that is left when a stage begins."""
 LEAVE_S = 10.0
@@ -55,10 +58,11 @@ GUARDED = (
 when we are killed."""
 
 
-def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -> int:
+def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1, into: Path | None = None) -> int:
     """Run the commands in the project, so many at once, the output of each in its log and, when it is done, here.
 
-    At the limit all that they started is killed. Returns the largest exit code; 124 if there was not enough time.
+    At the limit all that they started is killed. into: a file to which each log is added when its command is done.
+    Returns the largest exit code; 124 if there was not enough time.
     """
     ends, waiting = time.monotonic() + limit_s, dict(commands)
     started: dict[Path, subprocess.Popen[bytes]] = {}
@@ -77,7 +81,7 @@ def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -
             for log in [log for log in running if started[log].poll() is not None]:
                 running.remove(log)
                 codes.append(abs(started[log].returncode))
-                print(log.read_text(errors="replace")[-5000:], flush=True)
+                tell(log, f"exit code {started[log].returncode}", into)
             time.sleep(0.05)
         for log in running:
             print(f"interrupted, no time left: {log.stem}", flush=True)
@@ -86,7 +90,6 @@ def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -
         for log in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 started[log].wait(max(0.0, killed_at - time.monotonic()))
-            print(log.read_text(errors="replace")[-5000:], flush=True)
         for log in waiting:
             print(f"no time left for {log.stem}")
         return max(codes + [124] * bool(waiting or running))
@@ -94,17 +97,35 @@ def bounded(commands: dict[Path, list[str]], limit_s: float, at_once: int = 1) -
         for process in started.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        for log in running:
+            tell(log, "interrupted", into)
+
+
+def tell(log: Path, how: str, into: Path | None) -> None:
+    """Print the end of a log, and add all of it to a file; a full disk ends nothing."""
+    head, said = f"-- {log.stem}: {how}", log.read_text(errors="replace")
+    print(head, said[-5000:], sep="\n", flush=True)
+    if into is not None:
+        try:
+            with into.open("a") as f:
+                f.write(f"{head}\n{said}\n")
+        except OSError as e:
+            print(f"{into}: {e.strerror}; it has what came before", flush=True)
 
 
 def checks(out: Path, limit_s: float) -> int:
-    """The files of tests/gpu side by side, where there are cores: most of their time is their compilers'."""
+    """The files of tests/gpu side by side, where there are cores: most of their time is their compilers'. All they say
+    is in one file."""
     names = sorted(file.stem.removeprefix("test_") for file in (PROJECT / "tests" / "gpu").glob("test_*.py"))
     pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=3"]
-    commands = {
-        out / f"checks-{name}.log": [*pytest, f"tests/gpu/test_{name}.py"]
-        for name in sorted(names, key=lambda name: name not in LONGEST)
-    }
-    return bounded(commands, limit_s - LEAVE_S, at_once=max(1, len(os.sched_getaffinity(0)) // 4))
+    (out / "checks.log").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="checks-", dir=out, ignore_cleanup_errors=True) as where:
+        commands = {
+            Path(where) / f"{name}.log": [*pytest, f"tests/gpu/test_{name}.py"]
+            for name in sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+        }
+        cores = len(os.sched_getaffinity(0))
+        return bounded(commands, limit_s - LEAVE_S, at_once=max(1, cores // 4), into=out / "checks.log")
 
 
 def bench(out: Path, limit_s: float, rows: list[str]) -> int:
@@ -112,7 +133,8 @@ def bench(out: Path, limit_s: float, rows: list[str]) -> int:
     small = [] if torch.cuda.is_available() else ["--small"]
     command = [sys.executable, "-m", "tools.bench", *rows, *small, "--json", str(out / "bench.json")]
     (out / "bench.json").unlink(missing_ok=True)  # an earlier call's
-    code = bounded({out / "bench.log": [*command, "--minutes", f"{max(0.0, limit_s - 40) / 60:.2f}"]}, limit_s)
+    minutes = f"{max(0.0, limit_s - 40) / 60:.2f}"
+    code = bounded({out / "bench.log": [*command, "--minutes", minutes]}, limit_s - LEAVE_S)
     record = read_json(out / "bench.json") or {}
     notes = [note for row in record.get("rows", {}).values() for note in row["notes"]]
     return int(code not in (0, 1) or not record.get("rows") or any(note.startswith("failed") for note in notes))
@@ -166,7 +188,11 @@ def main() -> int:
         except AssertionError as e:
             print(f"{stage}: {e}")
             codes[stage] = 1
-        (args.out / "stages.json").write_text(json.dumps(codes) + "\n")
+        except Exception:  # the next stage may fare better
+            traceback.print_exc()
+            codes[stage] = 1
+        with contextlib.suppress(OSError):  # a full disk
+            (args.out / "stages.json").write_text(json.dumps(codes) + "\n")
     print(f"stages: {codes}")
     return int(any(codes.values()))
 

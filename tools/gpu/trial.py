@@ -39,42 +39,38 @@ REHEARSAL = ("model.base_channels=16", "train.global_batch=4", "log.grid_every_s
 
 
 def run(out: Path, limit_s: float, data: Path) -> int:
-    """Returns 0; raises AssertionError for a run that did not go on where it was saved."""
-    ends = time.monotonic() + limit_s
-    with tempfile.TemporaryDirectory(prefix="ddpm-trial-") as root:
+    """Returns 0; raises AssertionError for a run that did not go on where it was saved. What was found until then is
+    left all the same."""
+    ends, found = time.monotonic() + limit_s, dict[str, Any]()
+    with tempfile.TemporaryDirectory(prefix="ddpm-trial-", ignore_cleanup_errors=True) as root:
         where = RunDir(Path(root) / "trial")
         guard = subprocess.Popen(
             [sys.executable, "-m", "tools.gpu.trial", root], cwd=PROJECT, stdin=subprocess.PIPE, start_new_session=True
         )
         try:
-            found = lives(where, limit_s, ends, data)
-            lines = told(where, out, found)
+            lives(where, limit_s, ends, data, found)
         finally:
             end(where)
             guard.kill()
             guard.wait()
-            for kept, name in ((where.logs.glob("*.out"), "run.log"), (where.grids.glob("*.png"), "grid.png")):
-                for last in sorted(kept)[-1:]:
-                    shutil.copy(last, out / name)
-    shown = {k: lines[-1][k] for k in ("step", "loss", "images_per_s")} if lines else "no line"
-    print((out / "run.log").read_text()[-2000:], f"run: {shown}; {found}", sep="\n", flush=True)
+            lines = told(where, out, found)
     last, killed_at = found["last_step"], found["killed_at"]
     assert last > killed_at, f"killed at step {killed_at}, it came no further than {last}"
     assert [m["step"] for m in lines] == list(range(100, 100 * len(lines) + 1, 100)), "steps missing or twice"
     return 0
 
 
-def lives(where: RunDir, limit_s: float, ends: float, data: Path) -> dict[str, Any]:
-    """A life that is killed and one that is stopped: what is seen of them from outside."""
+def lives(where: RunDir, limit_s: float, ends: float, data: Path, found: dict[str, Any]) -> None:
+    """A life that is killed and one that is stopped: what is seen of them from outside is put into `found`."""
     began = time.monotonic()
-    submit(data, where)
+    submit(data, where, ends)
     while not beat(where) and time.monotonic() < ends - STOP_S:
         assert local.at_work(where), "the first life has ended: run.log says why"
         time.sleep(0.05)
-    found: dict[str, Any] = {"first_step_after_s": round(time.monotonic() - began, 1)}
+    found["first_step_after_s"] = round(time.monotonic() - began, 1)
     first_job, found["killed_at"], found["saved"] = killed(where, limit_s, ends)
     began = time.monotonic()
-    submit(data, where)
+    submit(data, where, ends)
     found["submitted_again_after_s"] = round(time.monotonic() - began, 1)
     found["next_step_after_s"] = found["back_at_that_step_after_s"] = None
     while time.monotonic() < ends - STOP_S:
@@ -90,10 +86,10 @@ def lives(where: RunDir, limit_s: float, ends: float, data: Path) -> dict[str, A
     began = time.monotonic()
     last = generations.verify(where, where.latest_step())
     found |= {"last_step": last.step, "sha256": last.sha256, "bytes": last.manifest["bytes"]}
-    return {**found, "verified_in_s": round(time.monotonic() - began, 1)}
+    found["verified_in_s"] = round(time.monotonic() - began, 1)
 
 
-def submit(data: Path, where: RunDir) -> None:
+def submit(data: Path, where: RunDir, ends: float) -> None:
     words = [
         sys.executable,
         "launch/submit.py",
@@ -105,7 +101,11 @@ def submit(data: Path, where: RunDir) -> None:
     words += AS_TRAINED
     if not torch.cuda.is_available():
         words += REHEARSAL
-    code = subprocess.run(words, cwd=PROJECT, stdin=subprocess.DEVNULL).returncode
+    left = max(1.0, ends - STOP_S - time.monotonic())
+    try:
+        code = subprocess.run(words, cwd=PROJECT, stdin=subprocess.DEVNULL, timeout=left).returncode
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"submit.py was not done in {left:.0f} s") from None
     assert code == 0, f"submit.py left with {code}"
 
 
@@ -141,17 +141,27 @@ def end(where: RunDir) -> None:
 
 
 def told(where: RunDir, out: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write down what was `found` and what the run says of itself; its metrics."""
+    """Write down what was `found` and what the run says of itself, as far as it came; its metrics."""
     lines = read_jsonl(where.metrics)
     record = {
         **found,
         "images_per_s": [round(m["images_per_s"]) for m in lines],
         "loss": [round(m["loss"], 5) for m in lines],
         "steps": [m["step"] for m in lines],
-        "resolved": (read_json(where.run_json) or {})["resolved"],
+        "resolved": (read_json(where.run_json) or {}).get("resolved"),
         "events": [{k: e[k] for k in ("event", "time", "step") if k in e} for e in read_events(where)],
     }
-    (out / "trial.json").write_text(json.dumps(record) + "\n")
+    kept = {"run.log": sorted(where.logs.glob("*.out")), "grid.png": sorted(where.grids.glob("*.png"))}
+    said = "".join(log.read_text(errors="replace")[-2000:] for log in kept["run.log"][-1:])
+    shown = {k: lines[-1][k] for k in ("step", "loss", "images_per_s")} if lines else "no line"
+    print(said, f"run: {shown}; {found}", sep="\n", flush=True)
+    try:
+        (out / "trial.json").write_text(json.dumps(record) + "\n")
+        for name, files in kept.items():
+            for last in files[-1:]:
+                shutil.copy(last, out / name)
+    except OSError as e:
+        print(f"{out}: {e.strerror}", flush=True)
     return lines
 
 

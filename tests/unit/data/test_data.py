@@ -7,6 +7,7 @@ import os
 import tracemalloc
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from ddpm.config.data import Data
 from ddpm.data import sources
-from ddpm.data.batches import Batches, Mapped, Resident
+from ddpm.data.batches import Batches, Mapped, Resident, store
 from ddpm.data.packed import PackedImages, images_digest, load_folder, open_packed, open_source, pack
 from ddpm.errors import EnvironmentLacks, RequestError, Stopped
 from ddpm.run.files import DamagedFile, read_signed
@@ -482,3 +483,16 @@ def test_the_digest_of_images_covers_shape_and_every_byte() -> None:
     digests = [images_digest(i) for i in (images, other, images.reshape(10, 4, 16, 3), images[:9])]
     assert len(set(digests)) == 4
     assert PackedImages(images, np.zeros(10, np.int64), "n", "train", digests[0]).digest == make_images().digest
+
+
+def test_after_a_rollback_a_dataset_lies_on_a_gpu_again_in_memory_that_torch_has_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed: Any = SimpleNamespace(images=np.zeros((100, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 10, 1 << 21))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 20)
+    monkeypatch.setattr("ddpm.data.batches.Resident", lambda *_: "there")
+    for used, where in ((0, "there"), (1 << 20, Mapped)):
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device, used=used: used)
+        found: Any = store(packed, torch.device("cuda"))
+        assert found == where or type(found) is where

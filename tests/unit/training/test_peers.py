@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ def beset(
     torch.set_num_threads(1)
     if kind == "never comes" and rank == whom:
         return
-    if kind in ("freezes as they come", "hangs") and rank == whom:
+    if kind.startswith(("freezes", "hangs")) and rank == whom:
         _be_woken_once_others_have_told(told, world_size - 1)
     if kind == "freezes as they come" and rank == whom:
         Peers._await_all = lambda peers: _stop()  # type: ignore[assignment,method-assign,return-value]
@@ -42,12 +43,14 @@ def beset(
         with world.heeded():
             world.barrier()
             if rank == whom:
-                if kind == "hangs":
+                if kind.startswith("hangs"):
                     _stop()
                 elif kind == "is late":
                     time.sleep(2 * timeout_s)
                 else:
                     os._exit(0)
+            if kind == "hangs beside NCCL":
+                replace(world, device=torch.device("cuda")).agree_later([0])()
             world.barrier()
     except RanksLost as e:
         (told / f"{rank}").write_text(str(e))
@@ -79,6 +82,7 @@ def _stop() -> None:
     ("never comes", 0, "rank 0 on n0 could not be reached by rank"),
     ("freezes as they come", 0, "rank 0 on n0 "),
     ("hangs", 2, "rank 2 on n2 did not answer for 4 s"), ("hangs", 0, "rank 0 on n0 did not answer for 4 s"),
+    ("hangs beside NCCL", 1, "rank 1 on n1 did not answer for 4 s"),
     ("is late", 1, "rank 1 on n1 did not answer for 4 s"), ("ends", 1, "lost its connection to another"),
 ])  # fmt: skip
 def test_the_others_name_a_rank_that_is_not_heard(tmp_path: Path, kind: str, whom: int, says: str) -> None:

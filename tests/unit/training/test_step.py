@@ -14,12 +14,14 @@ import torch
 
 from ddpm.api import load_config
 from ddpm.data.batches import Batches
-from ddpm.errors import DoNotRetry
+from ddpm.errors import DoNotRetry, NodeUnfit
+from ddpm.network import fused
 from ddpm.network.device import resolve
 from ddpm.run import generations
 from ddpm.run.paths import RunDir
 from ddpm.training import fitting, replay
 from ddpm.training.optimizer import learning_rate
+from ddpm.training.progress import Progress
 from ddpm.training.ranks import World
 from ddpm.training.replay import Exchange
 from ddpm.training.step import Step
@@ -270,6 +272,49 @@ def test_another_error_of_a_trial_is_no_lack_of_memory(tmp_path: Path) -> None:
         with_room_for(life, 2, RuntimeError("cuDNN error: CUDNN_STATUS_MAPPING_ERROR"))
         with pytest.raises(RuntimeError, match="MAPPING"):
             fitting.largest([4, 2, 1], life.trainer.step.try_out, life.trainer.world)
+
+
+def test_a_number_that_was_found_where_there_was_more_memory_is_not_said_to_be_found_again(tmp_path: Path) -> None:
+    with Life(make_config(train__micro_batch="auto"), make_run(tmp_path / "run")) as life:
+        with_room_for(life, 2)
+        with pytest.raises(DoNotRetry, match=r"; 2 do: use train\.micro_batch=2, which changes no step$"):
+            life.train()
+
+
+@pytest.mark.parametrize(("of_others", "taken", "raised", "told"), [
+    (2, 0, DoNotRetry, r"^there is no room here for 4 images .*: use train\.micro_batch=1, or auto, which"),
+    (30, 0, NodeUnfit, r"^other processes have 30\.0 GiB of this GPU's 80\.0 GiB: there is no room here for 4 images"),
+    (2, 700, NodeUnfit, r"^there is no room here for 4 images .*\. The run has taken 700 steps: another node may have"),
+])  # fmt: skip
+def test_where_another_node_may_have_room_it_is_tried(
+    monkeypatch: pytest.MonkeyPatch, of_others: int, taken: int, raised: type[Exception], told: str
+) -> None:
+    """A job before has left a process there; the GPU is smaller than those on which the run was."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((80 - of_others - 40) << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40 << 30)
+
+    def fits(num: int) -> None:
+        if num > 1:
+            raise LACKS
+
+    world, optimizer = World(0, 1, torch.device("cuda")), SimpleNamespace(zero_grad=lambda **_: None)
+    state = SimpleNamespace(optimizer=optimizer, at=Progress(taken))
+    step: Any = SimpleNamespace(world=world, share=4, micro=4, config=make_config(), try_out=fits, state=state)
+    with pytest.raises(raised, match=told):
+        fitting.first(step, lambda: fits(4))
+
+
+def test_how_many_fit_is_tried_once_with_the_kernels_that_will_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_own: list[bool] = []
+    with Life(make_config(train__micro_batch="auto"), make_run(tmp_path / "run"), warm_up=False) as life:
+        trainer: Any = life.trainer
+        trainer.resolved = replace(trainer.resolved, kernels="own")
+        monkeypatch.setattr(fused, "serve", lambda *_: True)
+        monkeypatch.setattr(fitting, "fit", lambda step: by_own.append(step.state.model.own_kernels) or 2)
+        assert trainer.fit() == 2 and trainer.fit() is None
+    assert by_own == [True]
 
 
 def test_memory_that_is_gone_later_is_a_crash_as_any(tmp_path: Path) -> None:

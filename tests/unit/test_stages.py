@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,11 +46,13 @@ def test_figures_of_an_earlier_call_are_not_taken_for_this_ones(
     assert gpu.bench(tmp_path, 60, ["feed"]) == 1
 
 
-def test_the_files_that_take_longest_are_begun_first_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_that_take_longest_and_say_most_are_begun_first_and_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
     monkeypatch.setattr(gpu, "bounded", lambda commands, *_, **__: seen.extend(c[-1] for c in commands.values()))
-    gpu.checks(Path("out"), 60)
-    assert seen[: len(gpu.LONGEST)] == [f"tests/gpu/test_{name}.py" for name in sorted(gpu.LONGEST)]
+    gpu.checks(tmp_path, 60)
+    assert seen[: len(gpu.FIRST)] == [f"tests/gpu/test_{name}.py" for name in gpu.FIRST]
     assert sorted(seen) == sorted(str(f.relative_to(PROJECT)) for f in (PROJECT / "tests" / "gpu").glob("test_*.py"))
 
 
@@ -76,3 +79,51 @@ def test_commands_that_no_interrupt_ends_are_killed_together_at_the_limit(
     assert gpu.bounded({tmp_path / f"{i}.log": deaf for i in range(4)}, 1.0, at_once=4) == 124
     assert capsys.readouterr().out.count("interrupted, no time left: ") == 4
     assert len(waits) == 4 and sum(waits) < 2 * 2.0  # not 2 s for each
+
+
+def test_whatever_a_check_comes_to_all_that_they_said_is_in_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A place that gives back few files gives back all of it."""
+    monkeypatch.setattr(gpu, "LEAVE_S", 0.5)
+    says = {"good": "echo all well", "bad": "echo broken; exit 3", "slow": "echo begun; exec sleep 60", "late": ""}
+    logs = {tmp_path / "logs" / f"{name}.log": ["/bin/sh", "-c", says[name]] for name in says}
+    (tmp_path / "logs").mkdir()
+    assert gpu.bounded(logs, 2.0, at_once=1, into=tmp_path / "checks.log") == 124
+    kept, shown = (tmp_path / "checks.log").read_text(), capsys.readouterr().out
+    for told in ("-- good: exit code 0\nall well", "-- bad: exit code 3\nbroken", "-- slow: interrupted\nbegun"):
+        assert told in kept and told in shown
+    assert "no time left for late" in shown
+    with (tmp_path / "logs" / "again.log").open("w") as log:
+        log.write("all well")
+    gpu.tell(tmp_path / "logs" / "again.log", "exit code 0", Path("/dev/full"))
+    assert "/dev/full: No space left on device; it has" in capsys.readouterr().out
+
+
+def test_what_checks_had_said_is_kept_where_they_are_ended_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM is told by an exception."""
+    begun, sleep = tmp_path / "ranks.log", gpu.time.sleep
+
+    def ended(seconds: float) -> None:
+        sleep(seconds)
+        if begun.read_text():
+            sys.exit(143)
+
+    monkeypatch.setattr(gpu.time, "sleep", ended)
+    with pytest.raises(SystemExit, match="143"):
+        gpu.bounded({begun: ["/bin/sh", "-c", "echo begun; exec sleep 60"]}, 60.0, into=tmp_path / "checks.log")
+    assert (tmp_path / "checks.log").read_text() == "-- ranks: interrupted\nbegun\n\n"
+
+
+def test_a_stage_that_breaks_takes_no_other_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--stages", "checks,bench"])
+    monkeypatch.setattr(gpu, "checks", lambda out, limit_s: {}["broken"])
+    monkeypatch.setattr(gpu, "bench", lambda out, limit_s, rows: 0)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    assert gpu.main() == 1
+    assert json.loads((tmp_path / "stages.json").read_text()) == {"checks": 1, "bench": 0}
+    assert "KeyError: 'broken'" in capsys.readouterr().err
