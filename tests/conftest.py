@@ -36,9 +36,9 @@ def requires(condition: object, reason: str, enable: str) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the long tests that were asked for, half, or a few."""
+    """Of the long tests that were asked for, a third, or a few."""
     long = [item for item in items if item.get_closest_marker("long")]
-    stay = {*draws.drawn("long tests", long, max(FEW, len(long) // 2))}
+    stay = {*draws.drawn("long tests", long, max(FEW, len(long) // 3))}
     items[:] = [item for item in items if item not in long or item in stay]
 
 

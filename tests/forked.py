@@ -36,6 +36,7 @@ LOADED = (
     "PIL.PngImagePlugin", "scipy.linalg", "sklearn.datasets", "torch._dynamo", "torch.utils.tensorboard",
     "ddpm.scoring.evaluate", "ddpm.training.trainer", "launch.life.training", "launch.life.sampling",
     "launch.life.scoring", *(f"launch.{path.stem}" for path in sorted((PROJECT / "launch").glob("[a-z]*.py"))),
+    "tools.chaos.lives",
 )  # fmt: skip
 OF_KERNELS = (
     "ddpm.diffusion.kernels", "ddpm.network.kernels", "ddpm.network.norm_kernels", "ddpm.network.softmax",
@@ -228,9 +229,13 @@ def _bind() -> None:
 def main() -> None:
     """Load, serve, and in each forked process be what was asked for: [python, FILE, …], [python, -m, MODULE, …] or
     [python, -c, CODE]."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})  # or several servers would share one
     for module in OF_KERNELS if "TRITON_INTERPRET" in os.environ else LOADED:
         importlib.import_module(module)
+    if lives := sys.modules.get("tools.chaos.lives"):
+        lives.parse_code()
+        lives.compile_no_code()
     sys.modules.pop("launch.first", None)  # sets up the process that loads it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the tests, with which this ends
     gc.collect()

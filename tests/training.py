@@ -309,6 +309,12 @@ def live_on_ranks(
     on_ranks(world_size, _rank, config, run, list(stop_at), seen)
 
 
+def _together(ready: Any, join: Callable[..., None], *args: Any) -> None:
+    """Once all processes are there: on a busy machine one may be loaded long after the others would give it up."""
+    ready.wait(120)
+    join(*args)
+
+
 def on_ranks(
     world_size: int,
     work: Callable[..., None],
@@ -326,8 +332,9 @@ def on_ranks(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    ready = context.Barrier(world_size)
     processes = [
-        context.Process(target=join, args=(rank, world_size, port, timeout_s, work, *args))
+        context.Process(target=_together, args=(ready, join, rank, world_size, port, timeout_s, work, *args))
         for rank in range(world_size)
     ]
     for p in processes:

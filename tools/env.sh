@@ -151,7 +151,7 @@ PY
             die 1 "pip failed; everything it said is in $log"
         fi
         # pip would take one core for it. Some packages have files for other Pythons, which fail.
-        "$venv/bin/python" -m compileall -q -j 4 "$venv"/lib/python*/site-packages </dev/null >/dev/null 2>&1 || true
+        "$venv/bin/python" -m compileall -q -j 4 -x '/tests/' "$venv"/lib/python*/site-packages </dev/null >/dev/null 2>&1 || true
         echo "$want_hash $all" >"$stamp.new"
         mv "$stamp.new" "$stamp"
         say "ready: .venv with [${all:-no extras}]"

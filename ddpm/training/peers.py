@@ -39,7 +39,10 @@ class Peers:
     ) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self._hosts: dict[int, str] = {}
-        self.store = self._meet(address, port, host_of)
+        store = _within(timeout_s + 1, lambda: self._meet(address, port, host_of))
+        if store is None:  # rank 0 has the store, and freezes
+            raise self._unreached(address, port, host_of)
+        self.store = store
         with self.heeded():
             self.store.set(f"host/{rank}", host)
             silent = _within(timeout_s + 1, self._await_all)
@@ -68,8 +71,11 @@ class Peers:
                 raise RanksLost(f"port {port} is another process's here: the next life takes another") from None
             if self.rank == 0:
                 raise
-            why = f"could not be reached by rank {self.rank} at {address}, port {port}, within {self.timeout_s:g} s"
-            raise RanksLost.silent({0: host_of({}).get(0, "")}, why) from None
+            raise self._unreached(address, port, host_of) from None
+
+    def _unreached(self, address: str, port: int, host_of: HostOf) -> RanksLost:
+        why = f"could not be reached by rank {self.rank} at {address}, port {port}, within {self.timeout_s:g} s"
+        return RanksLost.silent({0: host_of({}).get(0, "")}, why)
 
     @contextmanager
     def heeded(self) -> Iterator[None]:

@@ -153,13 +153,14 @@ def any_cancelled(job: str) -> bool:
 
 def cluster_name() -> str:
     """This cluster's name in lower case, from the job's environment, slurm.conf or slurmctld; "" if none has it."""
-    return environment.cluster() or (_name_of_the_cluster() if slurm.available("squeue") else "")
+    named = environment.cluster()
+    return named or (_name_of_the_cluster(os.environ.get("SLURM_CONF")) if slurm.available("squeue") else "")
 
 
 @cache
-def _name_of_the_cluster() -> str:
+def _name_of_the_cluster(conf: str | None) -> str:
     said = ""
-    for path in (os.environ.get("SLURM_CONF") or CONFS[0], *CONFS[1:]):
+    for path in (conf or CONFS[0], *CONFS[1:]):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             said = Path(path).read_text()
             break

@@ -235,7 +235,7 @@ def describe(config: Config, site: Site, run: RunDir, inputs: dict[str, Any]) ->
         "run_id": uuid.uuid4().hex,
         "created": now(),
         "config_digest": config.digest(),
-        "git": _git(),
+        "git": _git(PROJECT),
         "versions": {
             "ddpm-hpc": __version__,
             "python": sys.version.split()[0],
@@ -249,12 +249,12 @@ def describe(config: Config, site: Site, run: RunDir, inputs: dict[str, Any]) ->
 
 
 @functools.cache
-def _git() -> str | None:
-    """Commit of the project, with `+dirty` where files differ from it; asked, and refused, once for a whole sweep.
+def _git(project: Path) -> str | None:
+    """Commit of the checkout, with `+dirty` where files differ from it; asked, and refused, once for a whole sweep.
 
     safe.directory: whoever runs another user's checkout trusts it. Before 2.38 git heeds this in its own files alone.
     """
-    reads = ["git", "-c", "safe.directory=*", "-C", str(PROJECT)]
+    reads = ["git", "-c", "safe.directory=*", "-C", str(project)]
     try:
         done = subprocess.run(
             [*reads, "describe", "--always", "--dirty=+dirty", "--abbrev=40"],
@@ -265,7 +265,7 @@ def _git() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     if re.search("dubious ownership|unsafe repository", done.stderr):
-        mend = shlex.join(["git", "config", "--global", "--add", "safe.directory", str(PROJECT)])
+        mend = shlex.join(["git", "config", "--global", "--add", "safe.directory", str(project)])
         print(
             f"warning: run.json will not say which commit this is: the checkout is another user's, and git does not "
             f"read it before {mend}",

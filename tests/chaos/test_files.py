@@ -33,11 +33,10 @@ NOTICED = [name for name, mutant in mutants.MUTANTS.items() if mutant.row in QUI
 
 @pytest.mark.parametrize("name", drawn("mutants of quick rows", NOTICED, 2))
 def test_a_row_notices_the_mutant(name: str) -> None:
-    """A row in reduced count draws its cells by the clock, and not each of them meets the mutant: some draw must."""
     mutant = mutants.MUTANTS[name]
     row, _, reduced = QUICK[mutant.row]
     with mutants.replaced(mutant):
-        assert not all(row(reduced).passed for _ in range(10))
+        assert not row(reduced).passed
 
 
 @pytest.mark.parametrize("name", drawn("mutated copies", mutants.MUTANTS, 1))

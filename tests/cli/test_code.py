@@ -18,7 +18,7 @@ class Checkout:
         self.shell = shell
         self.path = where
         for name in ("ddpm", "launch", "slurm", "configs"):
-            shutil.copytree(PROJECT / name, where / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(PROJECT / name, where / name)  # with its bytecode, which takes longer to make than to copy
 
     def edit(self, name: str, old: str, new: str) -> None:
         text = (self.path / name).read_text()

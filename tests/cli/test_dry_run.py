@@ -416,14 +416,6 @@ def test_without_a_time_limit_the_partitions_own_holds(shell: Shell, via: str) -
     assert options and not any(o.startswith("time") for o in options)
 
 
-@pytest.mark.parametrize(
-    ("written", "minutes"),
-    [("90m", 90), ("2d", 2880), ("1d12h", 2160), ("30", 30), ("04:00:00", 240), ("30:00", 30), ("1-12:00:00", 2160)],
-)
-def test_a_time_limit_may_be_written_as_people_or_as_slurm_write_it(shell: Shell, written: str, minutes: int) -> None:
-    assert f"time={minutes}" in sbatch_options(dry_run(shell, "tiny.yaml", "--time", written), "submitit")[0]
-
-
 def test_a_profile_is_overridden_by_the_command_line(shell: Shell) -> None:
     (shell.cwd / "site.yaml").write_text(
         "partition: slow\ntime: 2h\nmem: 1G\nsbatch: {nice: 100}\nsetup: [module load x]"

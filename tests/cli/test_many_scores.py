@@ -15,7 +15,6 @@ from ddpm.run.paths import RunDir
 from launch.cluster.site import Site
 from launch.queue import milestones
 from launch.terminal import inspection, overview
-from launch.terminal.lacking import Damage
 from tests.cli.harness import TINY_SET, Shell, png, read, snapshot, write_zip
 from tests.saves import save_otherwise
 
@@ -199,17 +198,18 @@ def test_bits_per_dimension_lie_beside_the_scores_and_their_parts_are_looked_at(
     assert "50 evaluations of the network for each of 20 images (seed 0) of train" in done.stderr
     assert "bits/dim, bound of 20 of the" in done.stderr
     run = RunDir(again.root / "tiny")
-    scores, lines = overview._scores(run, None, Damage())
-    assert scores[name] == {"bits_per_dim": record["bits_per_dim"], "num_samples": 20} and "bits/dim" in lines[name]
+    row = overview.describe(run, {})
+    assert row["scores"][name] == {"bits_per_dim": record["bits_per_dim"], "num_samples": 20}
+    assert "bits/dim" in row["scores_told"][name]
     part = run.bound_set(name).part(1)
     part.write_bytes(part.read_bytes()[:-1])
     verdicts = {line.what: line.verdict for line in inspection.look(run) if line.what.startswith("bits-per-dim/")}
     assert verdicts.pop(f"bits-per-dim/{name}/{part.name}") == "damaged"
     assert list(verdicts.values()) == ["holds"] * 3
     save_otherwise(run, 400)
-    damage = Damage()
-    assert name not in overview._scores(run, None, damage)[0]
-    assert f"{name}.json is of another checkpoint than this run's step 400" in damage.told
+    row = overview.describe(run, {})
+    assert name not in row["scores"]
+    assert f"{name}.json is of another checkpoint than this run's step 400" in row["problem"]
     whys = {line.what: line.why for line in inspection.look(run)}
     assert whys[f"bits-per-dim/{name}/request.json"] == "is of another checkpoint than this run's step 400"
 

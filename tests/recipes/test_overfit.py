@@ -44,6 +44,7 @@ CONFIG = make_config(
     train__warmup_steps=20,
     train__lr_schedule="cosine",
     train__ema_decay=0.9,
+    log__every_steps=100,
 )
 
 

@@ -70,6 +70,7 @@ class Site:
             lambda: self.bed.restart_count(job) == restarts and self.bed.job_state(job) == "RUNNING",
             90,
             f"restart {restarts} of job {job}",
+            poll_s=0.5,
         )
 
     def log(self, name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.terminal import console
 from tests.conftest import PROJECT
 from tools.gpu import __main__ as gpu
 
@@ -23,11 +24,18 @@ from tools.gpu import __main__ as gpu
     (["--data", "slurm"], "slurm: no images in this folder"),
     (["--out", "/dev/null/here"], "--out /dev/null/here: Not a directory;"),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused_before_any_minute_is_spent(words: list[str], told: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.gpu", "--out", str(tmp_path / "out"), *words]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2 and told in done.stderr, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and not done.stdout and not list(tmp_path.iterdir())
+def test_what_cannot_be_is_refused_before_any_minute_is_spent(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out"), *words])
+    for stage in (gpu.checks, gpu.bench, gpu.trial.run):
+        monkeypatch.setattr(stage.__module__ + "." + stage.__name__, lambda *_: pytest.fail("begun"))
+    with pytest.raises(SystemExit) as left:
+        console.run_script(gpu.main)
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and told in err, err
+    assert "Traceback" not in err and not out and not list(tmp_path.iterdir())
 
 
 def test_figures_of_an_earlier_call_are_not_taken_for_this_ones(

@@ -114,10 +114,10 @@ class Cluster:
         self.wait_steps(run, 2)
 
     def wait_restart(self, job: str, count: int, timeout_s: float = 120) -> None:
-        bed = self.bed
-        bed.wait_for(
-            lambda: bed.restart_count(job) == count and bed.job_state(job) == "RUNNING", timeout_s, f"job {job} back"
-        )
+        def back() -> bool:
+            return self.bed.restart_count(job) == count and self.bed.job_state(job) == "RUNNING"
+
+        self.bed.wait_for(back, timeout_s, f"job {job} back", poll_s=0.5)
 
     def wait_resumed(self, run: RunDir, count: int) -> int:
         """Until `count` lives have resumed; gives the step that the last of them resumed at."""

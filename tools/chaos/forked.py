@@ -6,6 +6,7 @@ As root they are another user's, who is refused what modes forbid.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -19,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tools.chaos import lives
 
 NOBODY = 65534
 LONGEST_S = 300
@@ -40,10 +43,13 @@ class Said:
     text: str
 
 
+@functools.cache
 def load() -> None:
-    """All that the processes need: what they load themselves takes longer than what they do."""
+    """All that the processes need: what they load themselves takes longer than what they do. So does what they parse
+    of the code that jobs get."""
     for module in LOADED:
         importlib.import_module(module)
+    lives.parse_code()
 
 
 @contextmanager
@@ -87,6 +93,7 @@ def _become(log: Path, work: Work) -> None:
         for key in [k for k in os.environ if k.startswith(("SLURM", "SBATCH", "DDPM"))]:
             del os.environ[key]
         os.environ.update(CUDA_VISIBLE_DEVICES="", DDPM_CPUS="1", HOME=str(log.parent), PATH="/nowhere")
+        lives.compile_no_code()
         work()
         os._exit(0)
     except SystemExit as e:

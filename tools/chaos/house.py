@@ -151,34 +151,20 @@ SHOWN: tuple[list[str], ...] = (["run"], [], ["run", "--events"], ["--json"])
 
 
 @contextmanager
-def built() -> Iterator[House]:
-    """Both moments. Raises AssertionError where the undisturbed run does not get there."""
+def stopped() -> Iterator[House]:
+    """One whose run was stopped at half its steps, and has no sets; for who changes more of it than `root`."""
     with tempfile.TemporaryDirectory(prefix="ddpm-chaos-", ignore_cleanup_errors=True) as where:
-        yield _built(House(Path(where)))
+        yield _begun(House(Path(where)), "half")
 
 
 @functools.cache
 def shared() -> House:
-    """One for all rows of this process that change nothing of it but `root`. Raises as `built`."""
-    where = tempfile.mkdtemp(prefix="ddpm-chaos-")
-    atexit.register(shutil.rmtree, where, ignore_errors=True)
-    return _built(House(Path(where)))
-
-
-def _built(house: House) -> House:
-    if os.geteuid() == 0:
-        os.chown(house.where, NOBODY, NOBODY)
-    with as_owner():
-        _pictures(house.where / "pictures")
-        (house.where / "config.yaml").write_text("name: run\n")
+    """Both moments, for all rows of this process that change nothing of it but `root`. Raises AssertionError where the
+    undisturbed run does not get there."""
+    house = House(Path(tempfile.mkdtemp(prefix="ddpm-chaos-")))
+    atexit.register(shutil.rmtree, house.where, ignore_errors=True)
+    _begun(house)
     steps: list[tuple[Work, int]] = [
-        (lambda: submit(house, "beside", "--prepare"), 0),  # nothing is done to it, and status shows it always
-        (lambda: _weights(house), 0),
-        (lambda: submit(house, "run", "--prepare", "--from", str(house.weights)), 0),
-    ]
-    _build(house, steps, BEGUN)
-    steps = [
-        (lambda: (at_steps({HALF: stop})(), job(house, "train")), EXIT_REQUEUE),
         (lambda: sample(house, "early", "--step", EARLY), 0),
         (lambda: evaluate(house, "early"), 0),
         (lambda: script("evaluate", house.run.path, "--all-milestones"), 0),
@@ -192,12 +178,30 @@ def _built(house: House) -> House:
     return house
 
 
+def _begun(house: House, moment: str = "") -> House:
+    """Stopped at half its steps; kept as `moment`, if that has a name."""
+    if os.geteuid() == 0:
+        os.chown(house.where, NOBODY, NOBODY)
+    with as_owner():
+        _pictures(house.where / "pictures")
+        (house.where / "config.yaml").write_text("name: run\n")
+    steps: list[tuple[Work, int]] = [
+        (lambda: submit(house, "beside", "--prepare"), 0),  # nothing is done to it, and status shows it always
+        (lambda: _weights(house), 0),
+        (lambda: submit(house, "run", "--prepare", "--from", str(house.weights)), 0),
+    ]
+    _build(house, steps, BEGUN)
+    _build(house, [(lambda: (at_steps({HALF: stop})(), job(house, "train")), EXIT_REQUEUE)], moment)
+    return house
+
+
 def _build(house: House, steps: list[tuple[Work, int]], moment: str) -> None:
     for work, code in steps:
         said = process(house.log, work)
         assert said.code == code, f"building the run for the table: exit code {said.code}: {said.text[-2000:]}"
-    with as_owner():
-        house.keep(moment)
+    if moment:
+        with as_owner():
+            house.keep(moment)
 
 
 def _weights(house: House) -> None:

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,20 @@ def remove(run: RunDir) -> None:
     shutil.rmtree(run.path)
 
 
+def parse_code() -> None:
+    """Read and parse the code that jobs get, once for all submissions that are forked from here."""
+    from launch.cluster import code
+
+    code.check(code.of_checkout())
+
+
+def compile_no_code() -> None:
+    """Where the jobs too are forked, and load nothing of what a submission lays out for them."""
+    from launch.cluster import unpacker
+
+    unpacker.compileall = types.SimpleNamespace(compile_dir=lambda *_, **__: True)  # type: ignore[assignment]
+
+
 def prepare(root: Path, name: str, *overrides: str) -> RunDir:
     """A run directory, made by the script that people use."""
     import sklearn.datasets  # noqa: F401 - as the script loads it
@@ -58,7 +73,10 @@ def prepare(root: Path, name: str, *overrides: str) -> RunDir:
     from launch import submit
     from launch.terminal import console
 
+    parse_code()
+
     def make() -> None:
+        compile_no_code()
         sys.argv = ["launch/submit.py", "--cluster", "local", "--prepare", "--root", str(root), "--name", name, *TINY,
                     *overrides]  # fmt: skip
         console.run_script(submit.main)

@@ -19,7 +19,7 @@ from ddpm.errors import EXIT_FATAL
 from tools.chaos import checker, verdicts
 from tools.chaos.files import Result
 from tools.chaos.forked import as_owner
-from tools.chaos.house import BEGUN, HALF, MOMENTS, STEPS, VERBS, House, built, shared
+from tools.chaos.house import BEGUN, HALF, MOMENTS, STEPS, VERBS, House, shared, stopped
 from tools.chaos.verdicts import BAD, Calm, judge, watch
 
 # ---------------------------------------------------------------- files
@@ -147,10 +147,11 @@ def broken_from_outside(count: int) -> Result:
     return _tried(CELLS, count)
 
 
-def cache_damaged(count: int) -> Result:
-    """A bit of the packed data, or half of it, and training and scoring with it."""
-    packed, damages, verbs = ("images", "labels", "packed meta"), ("bit flip", "half"), ("train", "evaluate")
-    return _tried([c for c in CELLS if c.kind in packed and c.damage in damages and c.verb in verbs], count)
+def cache_damaged(_: int) -> Result:
+    """A bit of the packed pixels and labels, and training and scoring with them."""
+    kinds, verbs = ("images", "labels"), ("train", "evaluate")
+    cells = [c for c in CELLS if c.kind in kinds and c.damage == "bit flip" and c.verb in verbs]
+    return _tried(cells, len(cells))
 
 
 def start_damaged(count: int) -> Result:
@@ -202,7 +203,7 @@ def manifests_gone(_: int) -> Result:
 def one_label_changed(_: int) -> Result:
     """The last picture of one class becomes the first of the next: the same pixels in the same order, another label."""
     seen, passed = [], True
-    with built() as house:
+    with stopped() as house:
         (house.where / "pictures/train/a/22.png").rename(house.where / "pictures/train/b/00.png")
         for verb in ("train", "submit"):
             house.put_back("half")
@@ -218,7 +219,7 @@ def one_label_changed(_: int) -> Result:
 ROWS = {
     # name: (row, full count, reduced count)
     "outside": (broken_from_outside, len(CELLS), len(CELLS) // 40),
-    "cache-damaged": (cache_damaged, 24, 8),
+    "cache-damaged": (cache_damaged, 0, 0),
     "start-damaged": (start_damaged, 21, 6),
     "manifests-gone": (manifests_gone, 0, 0),
     "label-changed": (one_label_changed, 0, 0),

@@ -193,10 +193,11 @@ class SlurmTestbed:
         record = self._record(job_id)
         return record.get("BatchHost") if record["NodeList"] != "(null)" else None
 
-    def wait_for(self, predicate: Callable[[], T], timeout_s: float, what: str) -> T:
+    def wait_for(self, predicate: Callable[[], T], timeout_s: float, what: str, poll_s: float = 0.2) -> T:
         """Polls until `predicate` is true and gives its value; fails the test with the cluster's state otherwise.
 
-        timeout_s: on a machine that others leave alone.
+        timeout_s: on a machine that others leave alone. poll_s: longer for what only SLURM is asked, in processes that
+        take the time of jobs.
         """
         began = time.monotonic()
         while True:
@@ -205,12 +206,13 @@ class SlurmTestbed:
                 return value
             if time.monotonic() > began + timeout_s * patience():
                 raise AssertionError(f"not within {timeout_s:g} s: {what}\n{self.dump()}")
-            time.sleep(0.2)
+            time.sleep(poll_s)
 
     def wait_state(self, job_id: str, *states: str, timeout_s: float = 30) -> str:
         """Waits until the job (of an array: every task) is in one of `states`, ENDED by default; gives the state."""
         wanted = states or ENDED
-        self.wait_for(lambda: set(self.job_states(job_id)) <= set(wanted), timeout_s, f"job {job_id} {wanted}")
+        what = f"job {job_id} {wanted}"
+        self.wait_for(lambda: set(self.job_states(job_id)) <= set(wanted), timeout_s, what, poll_s=0.5)
         return self.job_states(job_id)[0]
 
     def end_all_jobs(self, timeout_s: float = 30) -> None:

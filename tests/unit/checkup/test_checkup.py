@@ -2,13 +2,17 @@
 
 import errno
 import itertools
+import json
 import os
 import pwd
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,6 +22,7 @@ from ddpm.config.schema import Config
 from ddpm.config.section import build
 from ddpm.config.train import Checkpoint, Train
 from launch.checkup import cluster, files, node, node_report, profile
+from launch.checkup.finding import Finding
 from launch.cluster import environment, inquiry, scheduler, slurm
 from launch.cluster.environment import PROJECT
 from launch.cluster.job import Job
@@ -53,16 +58,16 @@ def test_weights_that_scores_need_are_there_or_fetched_or_brought_by_hand(
     config = Config(name="x", data=Data(name="digits"), evaluate=Evaluate(extractor=extractor))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
-    def told(unreachable: str) -> files.Finding:
-        monkeypatch.setattr(files, "_unreachable", lambda host: unreachable)
+    def told(unreachable: Exception | None) -> files.Finding:
+        monkeypatch.setattr(socket, "create_connection", Mock(side_effect=unreachable))
         return list(files.storage(config, tmp_path, tmp_path / "cache", None))[-1]
 
-    lacking = told("github.com does not answer")
+    lacking = told(TimeoutError())
     assert lacking.verdict == "warn" and f"prefetch.py --from {files.FETCHED[extractor]}" in lacking.remedy
-    assert (told("").verdict == "pass") == (extractor == "inception")  # a submission fetches those alone
+    assert (told(None).verdict == "pass") == (extractor == "inception")  # a submission fetches those alone
     (tmp_path / "cache" / "weights").mkdir(parents=True)
     (tmp_path / "cache" / "weights" / files.FETCHED[extractor]).touch()
-    assert told("github.com does not answer") == files.Finding(
+    assert told(TimeoutError()) == files.Finding(
         "pass", f"{extractor.capitalize()}'s weights are in {tmp_path / 'cache' / 'weights'}"
     )
 
@@ -76,12 +81,29 @@ def test_a_root_without_room_for_a_file_is_none_without_locks(tmp_path: Path, mo
     assert found.verdict == "fail" and "cannot be written (No space left on device)" in found.what
 
 
+@pytest.fixture
+def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
+    """What is found by a job that told so of its node."""
+
+    def found(told: dict[str, object], site: Site) -> list[Finding]:
+        def answer(job: Job, home: dict[str, str], script: Path, asked: Path, log: Path) -> str:
+            seen = json.loads(asked.read_text())
+            asked.with_suffix(".node.json").write_text(json.dumps({"sees": seen, "time": time.time(), **told}))
+            return "17"
+
+        monkeypatch.setattr(node, "settle", lambda site, dry_run: site)
+        monkeypatch.setattr(inquiry, "submit_probe", answer)
+        return list(node.probe(site, tmp_path, patience_s=60))
+
+    return found
+
+
 @pytest.mark.parametrize(("cuda", "remedy"), [("13.0", "nvidia-smi on n1"), (None, "TORCH=default tools/env.sh")])
-def test_a_node_without_a_gpu_is_told_from_a_torch_without_cuda(cuda: str | None, remedy: str) -> None:
-    now = time.time()
-    told = {"host": "n1", "sees": {}, "time": now, "lacks": [], "gpus": 0, "cuda": cuda, "torch": "2.11.0"}
-    told |= {"python": "3.12.1", "cpus": 4, "tmp_bytes": 1 << 30}
-    last = list(node._node(told, {}, now, Site(gpus_per_node=2)))[-1]
+def test_a_node_without_a_gpu_is_told_from_a_torch_without_cuda(
+    probe: Callable[..., list[Finding]], cuda: str | None, remedy: str
+) -> None:
+    told = {"host": "n1", "lacks": [], "gpus": 0, "cuda": cuda, "torch": "2.11.0"}
+    last = probe({**told, "python": "3.12.1", "cpus": 4, "tmp_bytes": 1 << 30}, Site(gpus_per_node=2))[-1]
     assert last.verdict == "fail" and remedy in last.remedy and "--gpus-per-node 2" in last.remedy
 
 
@@ -89,10 +111,11 @@ def test_a_node_without_a_gpu_is_told_from_a_torch_without_cuda(cuda: str | None
     ("CUDA error: no kernel image is available for execution on the device", "torch 2.11.0 (CUDA 13.0) is for others"),
     ("RuntimeError: CUDA error: unknown error", "is its driver too old"),
 ])  # fmt: skip
-def test_a_gpu_that_is_too_old_for_torch_is_told_from_a_driver_that_is(error: str, remedy: str) -> None:
-    now = time.time()
-    told = {"host": "n1", "sees": {}, "time": now, "lacks": [], "gpu": "Tesla V100", "cuda": "13.0", "torch": "2.11.0"}
-    last = list(node._node({**told, "torch_error": f"{error}\nFor debugging consider"}, {}, now, Site()))[-1]
+def test_a_gpu_that_is_too_old_for_torch_is_told_from_a_driver_that_is(
+    probe: Callable[..., list[Finding]], error: str, remedy: str
+) -> None:
+    told = {"host": "n1", "lacks": [], "gpu": "Tesla V100", "cuda": "13.0", "torch": "2.11.0"}
+    last = probe({**told, "torch_error": f"{error}\nFor debugging consider"}, Site())[-1]
     assert last.what == f"torch on n1, on a Tesla V100: {error}" and last.remedy.startswith(remedy)
 
 
@@ -122,24 +145,40 @@ def test_a_drafted_profile_keeps_what_the_checks_were_made_with(
     assert build(Site, drafted, "profile") == asked.model_copy(update={"gpus_per_node": "a100:1"})
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SLURM that would take every job, with one partition."""
+    monkeypatch.setattr(cluster, "settle", lambda site, dry_run: site)
+    monkeypatch.setattr(scheduler, "available", lambda name: True)
+    monkeypatch.setattr(scheduler, "cluster_name", lambda: "lab")
+    monkeypatch.setattr(scheduler, "partitions", lambda: {"gpu": Partition("gpu", 2, True)})
+    monkeypatch.setattr(scheduler, "fitting", lambda job: job)
+    monkeypatch.setattr(inquiry, "version", lambda: "slurm 24.11.5")
+    monkeypatch.setattr(inquiry, "try_out", lambda job: None)
+    monkeypatch.setattr(inquiry, "settings", lambda *keys: {})
+    monkeypatch.setattr(inquiry, "of_partition", lambda name: {})
+    monkeypatch.setattr(inquiry, "most_submitted", lambda qos: None)
+
+
+def found(site: Site) -> list[Finding]:
+    return list(cluster.cluster(site, Path("/nowhere"), 1))
+
+
+@pytest.mark.usefixtures("asked")
 @pytest.mark.parametrize(("size", "told"), [(1001, "1001 tasks"), (8, "8 tasks"), (1, "off")])
 def test_the_most_tasks_of_an_array_are_told_as_a_submission_takes_them(
     monkeypatch: pytest.MonkeyPatch, size: int, told: str
 ) -> None:
-    found = [f.what for f in cluster._limits(Site(time="1h"), {"MaxArraySize": str(size)}, {})]
-    assert told in found[0]
+    monkeypatch.setattr(inquiry, "settings", lambda *keys: {"MaxArraySize": str(size)})
+    assert told in next(f.what for f in found(Site(time="1h")) if "arrays " in f.what)
 
 
+@pytest.mark.usefixtures("asked")
 def test_a_full_queue_is_no_reason_to_change_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def remedies(words: str) -> set[str]:
-        monkeypatch.setattr(cluster, "_tried", lambda job: words)
-        return {f.remedy for f in cluster._site(Site(gpus_per_node=1), Path("runs")) if f.verdict == "fail"}
+        monkeypatch.setattr(inquiry, "try_out", Mock(side_effect=scheduler.SchedulerError(words)))
+        return {f.remedy for f in found(Site(gpus_per_node=1)) if f.verdict == "fail"}
 
-    monkeypatch.setattr(scheduler, "partitions", lambda: {"gpu": Partition("gpu", 2, True)})
-    monkeypatch.setattr(scheduler, "fitting", lambda job: job)
-    monkeypatch.setattr(inquiry, "settings", lambda *keys: {})
-    monkeypatch.setattr(inquiry, "of_partition", lambda name: {})
-    monkeypatch.setattr(inquiry, "most_submitted", lambda qos: None)
     (wait,) = remedies("sbatch: error: QOSMaxSubmitJobPerUserLimit\n  error: Job violates accounting/QOS policy")
     assert "squeue --me" in wait and "--partition" not in wait
     (change,) = remedies("sbatch: error: Job violates accounting/QOS policy")
@@ -194,11 +233,11 @@ def test_a_slurm_older_than_any_that_was_tried_is_told(
     assert found.remedy.startswith("20.11 is the oldest") == (verdict == "warn")
 
 
-def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("asked")
+def test_the_gpus_that_jobs_ask_for_are_told_from_those_that_a_node_has() -> None:
     def told(site: Site) -> str:
-        return next(cluster._site(site, Path("runs"))).what
+        return next(f.what for f in found(site) if f.what.startswith("partition "))
 
-    monkeypatch.setattr(scheduler, "partitions", lambda: {"gpu": Partition("gpu", 2, True)})
     whole = "partition gpu, the default: jobs ask for 1 GPU a node, of 2 that a node has (--gpus-per-node)"
     assert told(Site(gpus_per_node=1)) == whole
     assert told(Site(partition="gpu", gpus_per_node=2)) == "partition gpu: jobs ask for 2 GPUs a node"
@@ -223,7 +262,7 @@ def test_a_user_whom_this_machine_does_not_know_by_name_is_checked_too(
         monkeypatch.setattr(pwd, name, unknown)
     for variable in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "SSH_CONNECTION"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(files, "_unreachable", lambda host: "")
+    monkeypatch.setattr(socket, "create_connection", Mock())
     config = Config(name="x", data=Data(name="digits"))
     assert {finding.verdict for finding in files.storage(config, tmp_path, tmp_path / "cache", None)} == {"pass"}
     monkeypatch.setattr(slurm, "run", lambda argv, **_: argv[4])

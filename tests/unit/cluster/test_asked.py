@@ -122,10 +122,12 @@ def test_what_accounting_says_of_the_user_is_of_the_cluster_that_is_asked(monkey
 
 
 def test_the_line_that_names_the_cluster_is_none_of_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat <<E\n{SQUEUE}E\n")
+    said = SQUEUE.replace("1004", str(os.geteuid()))
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat <<E\n{said}E\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert slurm_questions._squeue(["6"]) == SQUEUE.splitlines()[1:]
+    found = slurm_questions.look_up(["6", "CLUSTER:"])
+    assert {job: told.state for job, told in found.items()} == {"6": "PENDING"}
 
 
 def test_what_was_asked_once_of_one_cluster_answers_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """launch/cluster/container.py: ranks in a container, by both ways; srun, which would start them, is played here."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     run = RunDir(tmp_path / "my runs" / "tiny")
     run.logs.mkdir(parents=True)
     run.config.touch()
+    run.run_json.write_text(json.dumps({"data": {"cache": str(run.path.parent / ".cache" / "data")}}))
     return run
 
 
@@ -54,8 +56,7 @@ def test_ranks_start_in_the_container_and_the_batch_shell_outside(run: RunDir, v
     image.touch()
     profile = {"image": str(image), "runtime": runtime, "mounts": ("/scratch:/s:ro",)}
     site = Site(container=Container(**profile)) if runtime else Site()
-    record: dict[str, Any] = {"data": {"cache": str(run.path.parent / ".cache" / "data")}}
-    directory._write_shell(run, directory._shell(run, site, record))
+    directory.use_shell_of(run, site)
     words = started(run, via, site)
     binds = ",".join([*(f"{place}:{place}" for place in (run.path.parent, PROJECT)), "/scratch:/s:ro"])
     rank = ["bash", str(PROJECT / "slurm" / "rank.sh")]
@@ -68,9 +69,8 @@ def test_ranks_start_in_the_container_and_the_batch_shell_outside(run: RunDir, v
 
 
 def test_a_site_without_one_takes_a_runs_container_away(run: RunDir) -> None:
-    record: dict[str, Any] = {"data": {"cache": str(run.path.parent / ".cache" / "data")}}
     for site in (Site(container=Container(image="docker://a/b:1")), Site()):
-        directory._write_shell(run, directory._shell(run, site, record))
+        directory.use_shell_of(run, site)
         assert (run.path / "container.sh").exists() == (site.container.image is not None)
 
 

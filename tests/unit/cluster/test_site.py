@@ -379,10 +379,12 @@ def test_memory_of_two_kinds_is_refused_and_a_sections_own_goes_before_trainings
 
 
 @pytest.mark.parametrize(("written", "minutes"), [
-    ("12:00:00", 720), ("90:00", 90), ("1-00:00:00", 1440), ("30", 30), ("4h", 240), ("'30:00'", 30),
+    ("12:00:00", 720), ("90:00", 90), ("1-12:00:00", 2160), ("30", 30), ("4h", 240), ("'30:00'", 30), ("90m", 90),
+    ("2d", 2880), ("1d12h", 2160),
 ])  # fmt: skip
-def test_a_profiles_time_is_what_it_says(tmp_path: Path, written: str, minutes: int) -> None:
+def test_a_time_limit_may_be_written_as_people_or_as_slurm_write_it(tmp_path: Path, written: str, minutes: int) -> None:
     assert resolved(tmp_path, profile=f"time: {written}").time == minutes
+    assert options(resolved(tmp_path, "--time", written.strip("'")), "train")["time"] == str(minutes)
 
 
 @pytest.mark.parametrize("words", [["--time", "1:30"], ["--time", "10:00"]])

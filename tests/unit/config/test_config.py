@@ -462,9 +462,16 @@ def test_a_default_that_was_changed_since_is_named(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("kind", ["linear", "dns"])
 @pytest.mark.parametrize("timesteps", [2, 50, 1000])
-def test_the_end_of_alpha_bar_is_the_schedules(kind: str, timesteps: int) -> None:
-    diffusion = Diffusion(timesteps=timesteps, schedule=kind, beta_start=1e-5, beta_end=1.2e-4 * timesteps)
-    assert diffusion._log_alpha_bar() == pytest.approx(float(schedule.build(diffusion).alpha_bar[-1].log()))
+def test_the_least_alpha_bar_that_is_allowed_is_that_of_the_schedule(
+    monkeypatch: pytest.MonkeyPatch, kind: str, timesteps: int
+) -> None:
+    words = {"timesteps": timesteps, "schedule": kind, "beta_start": 1e-5, "beta_end": 1.2e-4 * timesteps}
+    last = float(schedule.build(Diffusion(**words)).alpha_bar[-1])
+    monkeypatch.setattr("ddpm.config.diffusion.LEAST_ALPHA_BAR", last * (1 - 1e-6))
+    Diffusion(**words)
+    monkeypatch.setattr("ddpm.config.diffusion.LEAST_ALPHA_BAR", last * (1 + 1e-6))
+    with pytest.raises(ValueError, match="float32"):
+        Diffusion(**words)
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp_2m"])

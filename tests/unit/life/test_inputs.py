@@ -6,9 +6,10 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from ddpm.data import packed, whole
 from ddpm.data.labels import labels_record
 from ddpm.data.packed import PackedImages
 from ddpm.errors import DoNotRetry, EnvironmentLacks
-from ddpm.run import files
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, read_signed
 from launch.cluster.environment import JobEnvironment
@@ -95,32 +95,27 @@ def test_where_it_cannot_be_packed_again_the_job_ends_for_good_with_what_to_do(t
         here.open()
 
 
-class Failing:
-    """The first reads of the packed images meet a file system that fails for a moment."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int, number: int = errno.ESTALE) -> None:
-        self.times, self.number, self.read = times, number, files._Named.readinto
-        monkeypatch.setattr(files._Named, "readinto", lambda file, buffer: self(file, buffer))
-        monkeypatch.setattr(whole, "_mark", lambda *_: None)
-
-    def __call__(self, file: Any, buffer: Any) -> int | None:
-        if Path(file.name).name == "images.npy" and self.times:
-            self.times -= 1
-            raise OSError(self.number, os.strerror(self.number), file.name)
-        return self.read(file, buffer)
-
-
 def test_data_that_cannot_be_read_once_is_read_again_and_not_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = Here(tmp_path)
+    here, opened, times, number = Here(tmp_path), whole.open_file, [1], errno.ESTALE
     shutil.rmtree(here.source)
-    Failing(monkeypatch, 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where nobody has marked it as read
+
+    def failing(path: Path) -> BinaryIO:
+        """A file system that fails for a moment."""
+        if path.name == "images.npy" and times[0]:
+            times[0] -= 1
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path)
+
+    monkeypatch.setattr(whole, "open_file", failing)
     assert (here.open().images == here.images).all() and "packing" not in capsys.readouterr().out
-    Failing(monkeypatch, 2)
+    shutil.rmtree(tmp_path / f"ddpm-hpc-{os.getuid()}", ignore_errors=True)
+    times[0] = 2
     with pytest.raises(EnvironmentLacks, match=r"Stale file handle: '.*images\.npy'.* cannot be packed again here"):
         here.open()  # and the job is tried again
-    Failing(monkeypatch, 1, errno.EACCES)
+    times[0], number = 1, errno.EACCES
     with pytest.raises(EnvironmentLacks, match=r"Permission denied: '.*images\.npy'.* cannot be packed again here"):
         here.open()  # as on a node that lacks a group
 

@@ -40,6 +40,7 @@ from launch.life import compiled, devices, inputs, pace, sampling, training
 from launch.life.life import Life
 from launch.life.preemption import StopFlag
 from launch.queue.chain import lift_stop
+from tests import forked
 from tests.training import ALONE, make_config, make_run, on_ranks
 
 
@@ -590,7 +591,9 @@ def job(run: RunDir, *words: str, **variables: str) -> subprocess.CompletedProce
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "DDPM_"))}
     command = [sys.executable, "-m", "launch.jobs", words[0], str(run.path), *words[1:]]
     env = {**kept, "DDPM_CPUS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
-    return subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, timeout=120)
+    if "PYTHONPATH" in variables:  # it is about what is loaded
+        return subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, timeout=120)
+    return forked.run(command, PROJECT, env, timeout=120)
 
 
 @pytest.fixture

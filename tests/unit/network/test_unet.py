@@ -121,7 +121,8 @@ def test_a_plain_network_starts_at_zero_and_its_attention_at_the_identity():
     x_t, t = _inputs()
     assert torch.equal(model(x_t, t), torch.zeros_like(x_t))
     x = torch.randn(1, 64, 8, 8)
-    assert all(torch.equal(m(x), x) for m in model.modules() if isinstance(m, Attention))
+    attentions = [m for m in model.modules() if isinstance(m, Attention)]
+    assert attentions and all(torch.equal(m(x), x) for m in attentions)
 
 
 def test_checkpoints_of_before_there_were_options_fit():
@@ -326,7 +327,7 @@ def test_both_attentions_are_softmax_attention(heads, layout):
 def test_the_attention_can_be_chosen_at_the_start_and_later():
     model = _small(fused_attention=False)
     attentions = [m for m in model.modules() if isinstance(m, Attention)]
-    assert not any(m.fused for m in attentions)
+    assert attentions and not any(m.fused for m in attentions)
     model.set_fused_attention(True)
     assert all(m.fused for m in attentions)
     assert all(m.fused for m in _small().modules() if isinstance(m, Attention))

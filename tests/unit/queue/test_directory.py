@@ -4,7 +4,6 @@ import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,32 +129,31 @@ def test_whom_to_tell_that_cannot_be_read_is_said_when_the_run_is_sent_again(
     assert f"warning: {run.notify} " in told and "nobody is told of the run's end" in told and "--profile" in told
 
 
-@pytest.fixture
-def asked_anew() -> Iterator[None]:
-    directory._git.cache_clear()
-    yield
-    directory._git.cache_clear()
+def commit_of(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """As run.json of a run from that checkout tells it."""
+    monkeypatch.setattr(directory, "PROJECT", checkout)
+    found: str | None = directory.describe(make_config(), Site(), RunDir(checkout / "run"), {})["git"]
+    return found
 
 
 def test_the_commit_of_a_checkout_that_is_another_users_is_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_anew: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run([*git, *words], check=True)
-    monkeypatch.setattr(directory, "PROJECT", tmp_path)
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
-    assert re.fullmatch("[0-9a-f]{40}", str(directory._git()))
+    assert re.fullmatch("[0-9a-f]{40}", str(commit_of(tmp_path, monkeypatch)))
 
 
 @pytest.mark.parametrize("said", ["detected dubious ownership in repository at", "unsafe repository"])
 def test_where_an_old_git_does_not_read_such_a_checkout_that_is_said_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked_anew: None, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str
 ) -> None:
     (tmp_path / "git").write_text(f"#!/bin/sh\necho \"fatal: {said} '/x'\" >&2\nexit 128\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert directory._git() is None and directory._git() is None
+    assert [commit_of(tmp_path, monkeypatch) for _ in range(2)] == [None, None]
     told = capsys.readouterr().err
     assert told.count("run.json will not say which commit") == 1
-    assert f"git config --global --add safe.directory {directory.PROJECT}\n" in told
+    assert f"git config --global --add safe.directory {tmp_path}\n" in told

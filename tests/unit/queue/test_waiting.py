@@ -283,12 +283,9 @@ def test_a_clusters_name_is_in_its_configuration_or_slurmctld_says_it(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(slurm, "available", lambda command="": True)
     monkeypatch.setattr(slurm, "run", lambda argv, **_: "SlurmctldPort = 1\nClusterName             = Told\n")
-    conf = tmp_path / "slurm.conf"
     for written, name in (("# x\nClusterName=Big  # ours\n", "big"), ("include other.conf\n", "told")):
-        conf.write_text(written)
-        monkeypatch.setenv("SLURM_CONF", str(conf))
-        slurm_questions._name_of_the_cluster.cache_clear()
+        (tmp_path / name).write_text(written)
+        monkeypatch.setenv("SLURM_CONF", str(tmp_path / name))
         assert slurm_questions.cluster_name() == name
     monkeypatch.setenv("SLURM_CLUSTERS", "Other")
     assert slurm_questions.cluster_name() == "other"
-    slurm_questions._name_of_the_cluster.cache_clear()

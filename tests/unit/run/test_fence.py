@@ -224,7 +224,8 @@ def test_a_mount_that_is_away_for_a_moment_takes_no_run_from_its_job(
     run.path.parent.rename(tmp_path / "away")
     with pytest.raises(RunGone, match=r"it is .*/away/run now"):
         fence.check()
-    monkeypatch.setattr(Fence, "_whereto", lambda self: "")  # of a mount that is not there nobody knows
+    readlink = Mock(side_effect=FileNotFoundError)  # of a mount that is not there nobody knows where it is
+    monkeypatch.setattr(Path, "readlink", readlink)
     for empty in (False, True):  # without its place, or with that alone
         if empty:
             run.path.parent.mkdir()

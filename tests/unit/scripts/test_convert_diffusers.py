@@ -11,6 +11,7 @@ import copy as copy_module
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from ddpm.run.records import read_metrics, read_run
 from launch import origin, submission
 from launch.queue import borrowing
 from launch.terminal import inspection, overview
+from tests import forked
 from tests.conftest import PROJECT
 from tests.draws import drawn
 from tools import convert_diffusers
@@ -60,6 +62,11 @@ SMALL: dict[str, Any] = {
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }
 SCHEDULER = {"beta_schedule": "linear", "num_train_timesteps": 1000, "variance_type": "fixed_small"}
+
+
+def scripted(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """As it is typed in the project."""
+    return forked.run([sys.executable, str(PROJECT / script), *map(str, words)], PROJECT, {**os.environ}, timeout=240)
 
 
 def publish(folder: Path, options: dict[str, Any], *, seed: int = 0) -> Any:
@@ -189,8 +196,7 @@ def test_a_run_of_them_is_sampled_and_scored_by_the_scripts(tmp_path):
         assert all(torch.equal(weights[name], value) for name, value in load(start.data).items())
 
     for script in ("sample", "evaluate"):
-        argv = [sys.executable, str(PROJECT / "launch" / f"{script}.py"), str(run.path), "--set", "four"]
-        done = subprocess.run([*argv, "--cluster", "local"], capture_output=True, text=True, timeout=240)
+        done = scripted(f"launch/{script}.py", run.path, "--set", "four", "--cluster", "local")
         assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((run.eval / "four.json").read_text())["frechet_distance"] > 0
     with np.load(run.sample_set("four").shard(0, 1)) as shard:
@@ -235,8 +241,7 @@ def test_a_new_run_trains_on_from_them(tmp_path, source):
         "log.every_steps=1",
     ]
     words += ["log.grid_images=1", "--cluster", "local", "--wait", "--root", runs]
-    argv = [sys.executable, PROJECT / "launch" / "submit.py", *words]
-    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=240)
+    done = scripted("launch/submit.py", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDir(runs / "on")
     began = read_run(run)["from"]
@@ -479,8 +484,7 @@ def test_a_tensor_too_many_is_noticed(copy):
 def test_nothing_is_overwritten_and_the_name_must_say_what_it_is(published, tmp_path):
     there = tmp_path / "there.safetensors"
     there.write_bytes(b"mine")
-    script = [sys.executable, str(PROJECT / "tools" / "convert_diffusers.py"), str(published), str(there)]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = scripted("tools/convert_diffusers.py", published, there)
     assert done.returncode == 2
     assert done.stderr == f"error: {there} exists: choose another name, or move it away\n" and done.stdout == ""
     assert there.read_bytes() == b"mine"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from ddpm.config.reading import load
+from ddpm.data import packed
 from ddpm.errors import EnvironmentLacks, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import sign, write_json
@@ -27,10 +29,10 @@ from tests.training import make_config
 def test_a_full_disk_is_named_with_its_place_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(number, "No space left on device")
 
-    monkeypatch.setattr(prepare, "_pack", full)
+    monkeypatch.setattr(packed, "pack", full)
     with pytest.raises(EnvironmentLacks, match=rf"No space left on device: {tmp_path}/\.cache\. Make room .* --root"):
         prepare.prepare_inputs(make_config(), Site(cluster="local"), tmp_path, [])
 
@@ -38,11 +40,9 @@ def test_a_full_disk_is_named_with_its_place_and_what_to_do(
 def test_a_run_is_idle_only_where_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its jobs would go on with other code than they began with."""
 
-    def unanswered(run: RunDir) -> str:
-        raise SchedulerError("squeue: no answer")
-
-    for at_work, idle in ((lambda run: "", True), (lambda run: "job 12 13", False), (unanswered, False)):
-        monkeypatch.setattr(prepare, "_at_work", at_work)
+    unanswered = Mock(side_effect=SchedulerError("squeue: no answer"))
+    for in_queue, idle in ((lambda jobs: [], True), (lambda jobs: ["12", "13"], False), (unanswered, False)):
+        monkeypatch.setattr(prepare, "in_queue", in_queue)
         assert prepare.is_idle(RunDir(tmp_path)) is idle
 
 

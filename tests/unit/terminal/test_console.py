@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -24,6 +25,7 @@ import torch
 
 from ddpm.config.reading import load
 from ddpm.errors import DoNotRetry, NodeUnfit, RequestError
+from ddpm.run import generations
 from ddpm.run.events import EventLog
 from ddpm.run.files import DamagedFile, now
 from ddpm.run.paths import RunDir
@@ -126,13 +128,19 @@ def test_that_the_same_command_goes_on_is_said_only_where_no_failure_says_what_t
     assert "submit again with --code new" in why and f"400: {why}; {logs} more\n" in capsys.readouterr().err
 
 
+def inspected(run: RunDir, what: str) -> inspection.Line:
+    (line,) = (line for line in inspection.look(run) if line.what == what)
+    return line
+
+
 def test_what_torch_advises_where_it_loads_a_checkpoint_not_is_not_passed_on(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.checkpoints.mkdir()
     run.ema_weights(3).write_bytes(safetensors.torch.save({"a": torch.zeros(1)}))
+    run.manifest(3).touch()
     torch.save({"ema": {"a": object}}, run.checkpoint(3))
-    with pytest.raises(DamagedFile, match=r"^cannot be compared with its checkpoint: Weights only load failed$"):
-        inspection._ema(run, 3)
+    found = inspected(run, f"checkpoints/{run.ema_weights(3).name}")
+    assert found[::2] == ("damaged", "cannot be compared with its checkpoint: Weights only load failed")
 
 
 def test_lines_that_metrics_lack_are_told_where_the_run_is_checked(tmp_path: Path) -> None:
@@ -144,10 +152,9 @@ def test_lines_that_metrics_lack_are_told_where_the_run_is_checked(tmp_path: Pat
     of = dict.fromkeys(("epoch", "loss", "grad_norm", "lr", "images_per_s"), 1)
     lines = [json.dumps({"step": step, "time": now(), **of}) + "\n" for step in range(every, 401, every)]
     run.metrics.write_text("".join(lines))
-    assert inspection._metrics(run) == f"{len(lines)} lines"
+    assert inspected(run, "metrics.jsonl") == ("holds", "metrics.jsonl", f"{len(lines)} lines")
     run.metrics.write_text("".join(lines[:-2]))
-    with pytest.raises(DamagedFile, match=f"lacks lines of the steps from {400 - 2 * every} to 400"):
-        inspection._metrics(run)
+    assert f"lacks lines of the steps from {400 - 2 * every} to 400" in inspected(run, "metrics.jsonl").why
 
 
 def test_progress_counts_the_shards_of_the_set_that_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,15 +285,16 @@ def test_what_cannot_be_read_now_is_no_damage_for_which_anything_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     errors = (PermissionError(errno.EACCES, "Permission denied", "a"), OSError(errno.ESTALE, "Stale file handle", "a"))
-
-    def failing(error: Exception) -> None:
-        raise error
-
+    run, look = RunDir(tmp_path), inspection.look
+    run.checkpoints.mkdir()
+    run.manifest(1).touch()
     for error in (*errors, DamagedFile("a: torn"), IsADirectoryError(errno.EISDIR, "Is a directory", "a")):
-        (line,) = inspection._judged("checkpoints/step-000000001", failing, error)
+        monkeypatch.setattr(inspection, "look", look)
+        monkeypatch.setattr(generations, "verify", Mock(side_effect=error))
+        line = inspected(run, "checkpoints/step-000000001")
         assert line.verdict == ("unread" if error in errors else "damaged"), line
         monkeypatch.setattr(inspection, "look", lambda run, line=line: iter([line]))
-        assert recover.check(RunDir(tmp_path), verbose=False) == 1
+        assert recover.check(run, verbose=False) == 1
         said = capsys.readouterr().out
         assert ("--rebuild" in said) == (error not in errors) and ("readable" in said) == (error in errors), said
 
@@ -303,11 +311,13 @@ def test_a_word_that_can_be_no_file_is_no_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quote", ["", "'"])
 def test_a_command_that_mends_a_file_is_told_with_all_of_its_path(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], quote: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quote: str
 ) -> None:
     mend = f"chmod u+rwX {quote}{tmp_path}/a{quote}"
-    recover._print(RunDir(tmp_path), [inspection.Line("unread", "a", f"{tmp_path}/a is shut: {mend}")])
-    assert capsys.readouterr().out == f"unread   a: a is shut: {mend}\n"
+    shut = inspection.Line("unread", "a", f"{tmp_path}/a is shut: {mend}")
+    monkeypatch.setattr(inspection, "look", lambda run: iter([shut]))
+    assert recover.check(RunDir(tmp_path), verbose=False) == 1
+    assert capsys.readouterr().out.startswith(f"unread   a: a is shut: {mend}\n")
 
 
 def test_ones_own_folder_that_is_shut_is_told_with_what_opens_it_and_any_other_may_be_open_on_another_node(

@@ -22,7 +22,7 @@ from ddpm.run.paths import RunDir
 from ddpm.run.records import place_of
 from launch.cluster import environment, scheduler
 from launch.queue import local
-from launch.terminal import lacking, overview, results, unheard, view
+from launch.terminal import lacking, results, standing, unheard, view
 from launch.terminal.overview import describe
 from tests.cli.harness import TINY
 
@@ -130,7 +130,7 @@ def test_the_end_is_where_the_speed_leads(run: RunDir) -> None:
 
 
 def test_while_samples_are_made_the_pace_and_the_end_are_theirs(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overview, "_state", lambda *_: "sampling")
+    monkeypatch.setattr(standing, "word", lambda facts: "sampling")
     made = run.sample_set("s")
     made.path.mkdir(parents=True)
     made.request.write_text('{"num_samples": 40, "shards": 4}')
@@ -144,7 +144,7 @@ def test_while_samples_are_made_the_pace_and_the_end_are_theirs(run: RunDir, mon
     assert left_s == pytest.approx(20 * 60, rel=0.01)
     (line,) = [line for line in view.page([row], 200, details=False) if line.startswith("tiny: ")]
     assert line.startswith("tiny: s: 20 of 40 images, 0.0167 images/s, until ")
-    monkeypatch.setattr(overview, "_state", lambda *_: "running")
+    monkeypatch.setattr(standing, "word", lambda facts: "running")
     assert describe(run, {})["making"] is None
 
 
@@ -244,7 +244,7 @@ def test_a_life_that_ended_without_a_word_is_told_with_what_slurm_knows(
 
 @pytest.mark.parametrize(("host", "booted", "told"), [
     ("", 0.0, "ended without a word, as where it is killed"),
-    ("", time.time() + 60, "ended as this machine was started again"),
+    ("", 4e9, "ended as this machine was started again"),
     ("elsewhere", 0.0, "has given no sign of life since 20"),
 ])  # fmt: skip
 def test_a_process_of_this_machine_that_is_gone_without_a_word_is_told_too(

@@ -31,8 +31,10 @@ def beset(
     torch.set_num_threads(1)
     if kind == "never comes" and rank == whom:
         return
+    if kind.startswith(("freezes", "hangs")) and rank == whom:
+        _be_woken_once_others_have_told(told, world_size - 1)
     if kind == "freezes as they come" and rank == whom:
-        Peers._await_all = lambda peers: _stopped_while_others_tell(told, world_size - 1)  # type: ignore[assignment,method-assign,return-value]
+        Peers._await_all = lambda peers: _stop()  # type: ignore[assignment,method-assign,return-value]
     try:
         world = ranks.join(
             rank=rank, world_size=world_size, local_rank=rank, master_addr="127.0.0.1", master_port=port,
@@ -42,7 +44,7 @@ def beset(
             world.barrier()
             if rank == whom:
                 if kind.startswith("hangs"):
-                    _stopped_while_others_tell(told, world_size - 1)
+                    _stop()
                 elif kind == "is late":
                     time.sleep(2 * timeout_s)
                 else:
@@ -55,15 +57,23 @@ def beset(
     os._exit(0)
 
 
-def _stopped_while_others_tell(told: Path, others: int) -> None:
-    me = os.getpid()
-    if os.fork() == 0:  # wakes this one in the end
-        ends = time.monotonic() + 60
-        while len(list(told.iterdir())) < others and time.monotonic() < ends:
-            time.sleep(0.1)
+def _be_woken_once_others_have_told(told: Path, others: int) -> None:
+    """By a child, which is forked while there is one thread; also where they wait for ever."""
+    me, ends = os.getpid(), time.monotonic() + 60
+    if os.fork():
+        return
+    while len(list(told.iterdir())) < others and time.monotonic() < ends:
+        time.sleep(0.1)
+    if time.monotonic() >= ends:
+        (told / "in vain").touch()
+    while os.getppid() == me:
         os.kill(me, signal.SIGCONT)
-        os._exit(0)
-    os.kill(me, signal.SIGSTOP)
+        time.sleep(0.1)
+    os._exit(0)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
     os._exit(0)
 
 
@@ -79,7 +89,7 @@ def test_the_others_name_a_rank_that_is_not_heard(tmp_path: Path, kind: str, who
     on_ranks(3, print, kind, whom, tmp_path, timeout_s=4, join=beset)
     others = {str(rank) for rank in ALL} - {str(whom)}
     said = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert others <= set(said) and all(says in said[rank] for rank in others)
+    assert others <= set(said) and all(says in said[rank] for rank in others) and "in vain" not in said
 
 
 @pytest.mark.parametrize(("error", "lost"), [

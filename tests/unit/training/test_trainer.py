@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
-import time
+import threading
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -21,9 +21,9 @@ from ddpm.errors import DoNotRetry, EnvironmentLacks, RanksLost, RunBusy
 from ddpm.network.arithmetic import peak, utilization
 from ddpm.network.device import resolve
 from ddpm.network.dropout import Dropout
+from ddpm.run import unfinished
 from ddpm.run.events import read_events
 from ddpm.run.paths import RunDir
-from ddpm.run.saving import Checkpointer
 from ddpm.training import chronicle, ranks
 from ddpm.training.meter import Meter
 from ddpm.training.replay import Exchange
@@ -470,16 +470,16 @@ def test_a_stop_whose_save_meets_a_passing_error_tries_again_while_there_is_time
 ) -> None:
     run, tries = make_run(tmp_path), 0
     monkeypatch.setattr(chronicle, "SAVE_AGAIN_S", 0.01)
-    publish = Checkpointer._publish
+    begin = unfinished.begin
 
-    def failing(self: Checkpointer, *args: Any) -> None:
+    def failing(*args: Any) -> Path:
         nonlocal tries
         tries += 1
         if tries < 4:
             raise OSError(code, "of the file system")
-        publish(self, *args)
+        return begin(*args)
 
-    monkeypatch.setattr(Checkpointer, "_publish", failing)
+    monkeypatch.setattr(unfinished, "begin", failing)
     with Life(make_config(), run) as life:
         monkeypatch.setattr(life.trainer.chronicle, "patience_s", lambda reason: patience_s)
         outcome = life.trainer.train(lambda: "preempted" if life.trainer.at.step == 3 else None)
@@ -487,27 +487,28 @@ def test_a_stop_whose_save_meets_a_passing_error_tries_again_while_there_is_time
     assert run.steps_saved() == ([3] if saved else [])
 
 
-@pytest.mark.parametrize(("writes_s", "at_most_s", "steps"), [(0.5, 60, [4, 2]), (2, 0.1, [2])])
+@pytest.mark.parametrize("hangs", [False, True])
 def test_a_save_under_way_where_training_ends_by_an_error_is_given_time_to_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes_s: float, at_most_s: float, steps: list[int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
 ) -> None:
-    run = make_run(tmp_path)
-    monkeypatch.setattr(chronicle, "END_SAVE_S", at_most_s)
-    publish = Checkpointer._publish
+    run, begin, seen = make_run(tmp_path), unfinished.begin, threading.Event()
+    monkeypatch.setattr(chronicle, "END_SAVE_S", 0.1 if hangs else 60)
 
-    def slowly(self: Checkpointer, state: dict[str, Any], with_ema: bool) -> str:
-        time.sleep(writes_s if state["step"] == 4 else 0)
-        return publish(self, state, with_ema)
+    def slowly(*args: Any) -> Path:
+        if run.steps_saved() == [2]:
+            seen.wait(60 if hangs else 0.5)
+        return begin(*args)
 
     def asked() -> None:
         if life.trainer.at.step == 5:
             raise RanksLost("rank 1 is lost")
 
-    monkeypatch.setattr(Checkpointer, "_publish", slowly)
+    monkeypatch.setattr(unfinished, "begin", slowly)
     with Life(make_config(checkpoint__every_steps=2), run) as life:
         with pytest.raises(RanksLost, match="rank 1"):
             life.trainer.train(asked)
-        assert run.steps_saved() == steps  # which is all that there will ever be: the process ends here
+        assert run.steps_saved() == ([2] if hangs else [4, 2])  # the process of a job ends here
+        seen.set()
 
 
 def test_a_disk_full_for_everything_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm.config.schema import Config
@@ -87,15 +86,15 @@ def test_any_number_of_ranks_gives_the_same_bits(tmp_path: Path, monkeypatch: py
 
 def validate_on_a_full_gpu(world: ranks.World, config: Config, run: RunDir, full: int) -> None:
     """Rank `full` has no room at step 4."""
-    validation.BATCH, of = 6, validation.HeldOut._of  # so that each rank has some
+    validation.BATCH, eps_of = 6, validation.eps_of  # so that each rank has some
     with Life(config, run, world=world, held_out=HELD_OUT) as life:
 
-        def lacking(*given: Any) -> torch.Tensor:
+        def lacking(*given: Any) -> Any:
             if world.rank == full and life.trainer.at.step == 4:
                 raise RuntimeError("CUDA error: out of memory\nSo many bytes")
-            return of(*given)
+            return eps_of(*given)
 
-        validation.HeldOut._of = lacking  # type: ignore[method-assign]
+        validation.eps_of = lacking
         assert life.train() == Outcome(True, TOTAL)
 
 
@@ -104,7 +103,7 @@ def test_a_validation_that_does_not_fit_is_left_out_and_the_next_one_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], world_size: int, full: int
 ) -> None:
     run = make_run(tmp_path)
-    monkeypatch.setattr(validation.HeldOut, "_of", validation.HeldOut._of)
+    monkeypatch.setattr(validation, "eps_of", validation.eps_of)
     monkeypatch.setattr(validation, "BATCH", validation.BATCH)
     if world_size == 1:
         validate_on_a_full_gpu(ALONE, CONFIG, run, full)
