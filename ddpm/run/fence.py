@@ -19,9 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddpm.errors import NodeUnfit, RunBusy, RunGone
+from ddpm.errors import RunBusy, RunGone
 from ddpm.run.files import DamagedFile, look_anew, read_bytes, write_bytes
-from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir
 
 AWAY_S = 600.0
@@ -48,28 +47,20 @@ class Fence:
         is_orphan: whether the holder is an earlier life that should be gone. It is then fenced out although it still
         has the lock: at once if it is of the owner's own job, else after `wait_s` seconds.
         how_to_end: the command that ends what is at work for the run, for the message.
-        Raises RunBusy after `wait_s` seconds, NodeUnfit if the run may not be written here, as another user's who does
-        not share it, or on a node whose mount is read-only.
+        Raises RunBusy after `wait_s` seconds, and OSError if the run may not be written here.
         """
         self._run, self._log = run, log
         self._away_since: float | None = None
-        try:
-            self._root = _identity(run.path.parent)
-            self._home = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)  # open, so that no other gets its inode
-            self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share a run
-            self._held, self._ours = [self._home, self._fd], (_identity(self._home), _identity(self._fd))
-            self._await_lock(owner, wait_s, is_orphan, how_to_end)
-            os.truncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps({**owner, "pid": os.getpid(), "run": str(run.path)}).encode(), 0)
-            os.fsync(self._fd)  # NFS tells other hosts of a file at its closing, and this one stays open
-            self.token = self._claim()
-            write_bytes(run.fence, f"{self.token}\n".encode(), replace=True, token=str(self.token))
-        except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            raise NodeUnfit(
-                f"run {run.name} cannot be written: {not_ours(Path(e.filename or run.path)) or e}"
-            ) from None
+        self._root = _identity(run.path.parent)
+        self._home = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)  # open, so that no other gets its inode
+        self._fd = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share a run
+        self._held, self._ours = [self._home, self._fd], (_identity(self._home), _identity(self._fd))
+        self._await_lock(owner, wait_s, is_orphan, how_to_end)
+        os.truncate(self._fd, 0)
+        os.pwrite(self._fd, json.dumps({**owner, "pid": os.getpid(), "run": str(run.path)}).encode(), 0)
+        os.fsync(self._fd)  # NFS tells other hosts of a file at its closing, and this one stays open
+        self.token = self._claim()
+        write_bytes(run.fence, f"{self.token}\n".encode(), replace=True, token=str(self.token))
         for claim in run.path.glob(".fence-*"):
             number = claim.name.removeprefix(".fence-")
             if number.isdecimal() and int(number) < self.token:

@@ -21,7 +21,7 @@ def test_a_slurm_that_does_not_answer_and_a_place_that_cannot_be_written_are_nam
     done = shell("doctor", "tiny.yaml", "--root", str(in_the_way / "runs"))
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     assert f"fail  {in_the_way / 'runs'} cannot be written (Not a directory)" in done.stdout
-    assert "fail  sinfo: error: Unable to contact slurm controller" in done.stdout
+    assert "fail  scontrol: error: Unable to contact slurm controller" in done.stdout
     assert "→ is this the login node, and SLURM_CONF" in done.stdout
 
 

@@ -21,6 +21,7 @@ from ddpm.run.owners import not_ours
 from ddpm.run.paths import RunDir
 from ddpm.run.saving import HostCopy
 from ddpm.run.state import finished_step
+from launch.terminal import faults
 from tests.saves import flip_bit, save_all, saver, state_at
 from tests.training import make_config
 
@@ -43,12 +44,14 @@ def refuse(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_a_run_that_may_not_be_written_is_refused_by_its_name(
+def test_a_run_that_may_not_be_written_here_is_refused_by_what_may_not_and_another_node_may_be_tried(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     refuse(monkeypatch, "lock", number)
-    with pytest.raises(NodeUnfit, match=f"run run cannot be written: .*{os.strerror(number)}"):
+    with pytest.raises(OSError, match=os.strerror(number)) as error:
         Fence(run, OWNER, wait_s=0)
+    known = faults.of_a_job(error.value, run.path)
+    assert isinstance(known, NodeUnfit) and str(run.lock) in str(known)
 
 
 def test_a_disk_that_fails_for_now_is_no_refusal(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
