@@ -20,7 +20,7 @@ from os import getpid
 from pathlib import Path
 
 from ddpm.config import reading
-from ddpm.errors import DDPMError, DoNotRetry, EnvironmentLacks, RequestError, RunBusy
+from ddpm.errors import DDPMError, EnvironmentLacks, NodeUnfit, RequestError, RunBusy
 from ddpm.run import generations
 from ddpm.run.fence import Fence
 from ddpm.run.files import DamagedFile, fsync_dir, link_to_nothing, read_signed
@@ -96,7 +96,7 @@ def held(run: RunDir) -> Iterator[Fence]:
         fence = Fence(run, {"job": f"recover-{getpid()}", "restart": 0, "host": environment.host()}, wait_s=0)
     except RunBusy as e:
         raise RequestError(str(e)) from None
-    except DoNotRetry as e:
+    except NodeUnfit as e:
         raise EnvironmentLacks(str(e)) from None
     try:
         yield fence

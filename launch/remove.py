@@ -16,7 +16,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from ddpm.errors import RequestError, RunBusy
+from ddpm.errors import EnvironmentLacks, NodeUnfit, RequestError, RunBusy
 from ddpm.run.fence import Fence
 from ddpm.run.files import TMP_PREFIX, DamagedFile, fsync_dir
 from ddpm.run.log import amount, counted
@@ -126,6 +126,8 @@ def remove(run: RunDir) -> None:
             Fence(run, {"job": f"remove-{os.getpid()}", "restart": 0, "host": environment.host()}, wait_s=0).release()
         except RunBusy as e:
             raise RequestError(str(e)) from None
+        except NodeUnfit as e:
+            raise EnvironmentLacks(str(e)) from None
     gone = run.path.with_name(f"{TMP_PREFIX}removed-{run.name}.{os.getpid()}")
     run.path.rename(gone)
     fsync_dir(run.path.parent)

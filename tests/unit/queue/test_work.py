@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from ddpm.errors import RequestError
+from ddpm.errors import EnvironmentLacks, NodeUnfit, RequestError
 from ddpm.run.events import EventLog
 from ddpm.run.files import stamp, write_json
 from ddpm.run.paths import RunDir
-from launch import cancel, prepare, status
+from launch import cancel, prepare, recover, remove, status
 from launch.cluster import asked, environment, scheduler
 from launch.cluster.site import Site
 from launch.queue import chain, local, waiting, work
@@ -152,6 +152,23 @@ def test_a_run_that_cannot_be_written_is_not_ended_from_here(
     monkeypatch.setattr(work, "not_ours", lambda path: owner)
     with pytest.raises(RequestError, match=f"cannot be ended from here: {owner or '.*cannot be written'}"):
         work.end(run)
+
+
+def test_a_run_whose_lock_is_anothers_is_neither_recovered_nor_removed_which_the_machine_lacks(
+    run: RunDir, slurm: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NodeUnfit(f"run {run.name} cannot be written")
+
+    for script in (recover, remove):
+        monkeypatch.setattr(script, "Fence", refuse)
+    run.config.touch()
+    write_json(run.run_json, {})
+    with pytest.raises(EnvironmentLacks, match="cannot be written"), recover.held(run):
+        pass
+    with pytest.raises(EnvironmentLacks, match="cannot be written"):
+        remove.remove(run)
+    assert run.path.is_dir()
 
 
 def test_what_cannot_be_ended_from_here_is_said_and_the_others_are_ended(
