@@ -8,7 +8,7 @@ if [ ! -f "$DDPM_HOME/launch/jobs.py" ]; then
 fi
 DDPM_HOME=$(CDPATH='' cd -- "$DDPM_HOME" && pwd)
 ddpm_run_is_away() {   # with what it is on, as a mount may be for a moment: then nothing is beside it either
-  [ ! -d "$DDPM_RUN" ] && ! compgen -G "${DDPM_RUN%/*}/*" >/dev/null
+  [ ! -d "$DDPM_RUN" ] && ! compgen -G "$(dirname -- "$DDPM_RUN")/*" >/dev/null
 }
 for ddpm_try in {1..20}; do
   ddpm_run_is_away || break

@@ -175,7 +175,7 @@ def resolve(
     if site.is_local and not (stage == "train" and getattr(args, "prepare", False)):  # which prints sbatch's line too
         unheeded.check_local(typed, options)
     if stage != "train":
-        unheeded.check_stage(typed, site, stage)
+        unheeded.check_stage(typed, site, also or stage)
     _check_command(site)
     _check_setup(site)
     return site if site.is_local else _on_one_cluster(site)

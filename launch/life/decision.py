@@ -14,6 +14,7 @@ from itertools import takewhile
 from typing import Any, Literal
 
 from ddpm.errors import EXIT_BUSY, EXIT_FATAL, EXIT_REQUEUE
+from ddpm.run.events import life_of
 from launch.cluster.scheduler import Mercy, Shown
 from launch.queue.nodes import MISTAKE
 
@@ -152,7 +153,7 @@ def retries_without_progress(events: list[dict[str, Any]], job: str, now_at: int
     jobs = _succeeded(events, job)
     told = (e for e in reversed(events) if e["event"] == "requeued" and e.get("job") in jobs)
     here = takewhile(lambda e: e.get("progress") == now_at, told)
-    return sum(e.get("reason") not in UNCOUNTED for e in here)
+    return len({life_of(e) for e in here if e.get("reason") not in UNCOUNTED})  # a write that failed may be there twice
 
 
 def mistaken_again(events: list[dict[str, Any]], job: str, error: str, now_at: int | None) -> bool:

@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: str) -> Evidence:
     """The evidence about a job, cheapest questions first. Raises SchedulerError if SLURM does not answer."""
-    said, _, why = (_read(lambda: _ranks_word(run, env), code) or "").partition(" ")
+    word = _read(lambda: _ranks_word(run, env), code)
+    said, _, why = (word or "").partition(" ")
     known = Evidence(stage, code, restart=env.restart)
     if re.fullmatch(r"[0-9]{1,3}", said):  # empty where the disk was full
         known = replace(known, code=int(said), reason=why)
@@ -46,7 +47,8 @@ def gather(run: RunDir, env: JobEnvironment, stage: str, code: int, set_name: st
         return known
     if time.monotonic() - asked_at > scheduler.RETRY_S:  # a slurmctld that has just come back may lose a requeue
         time.sleep(SETTLE_S)
-    known = _read(lambda: _of_the_run(known, run, env, set_name), known.code) or _unreadable(known, run, env)
+    hurried = EXIT_REQUEUE if word is None else known.code  # it was waited for: this job's time may be over soon
+    known = _read(lambda: _of_the_run(known, run, env, set_name), hurried) or _unreadable(known, run, env)
     if stage != "sample" and (shown.preempted or known.reason in ("preempted", "save_failed")):
         known = replace(known, mercy=mercy_for(run, env.job))
     return known

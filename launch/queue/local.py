@@ -177,12 +177,13 @@ def _tell(run: RunDir, stage: str, set_name: str, code: int) -> None:
         mine = [e for e in read_events(run) if e["job"] == env.job]
         if code in (EXIT_REQUEUE, -signal.SIGTERM, -signal.SIGINT) or any(e["event"] == "stop_requested" for e in mine):
             return
-        told = next((e["reason"] for e in reversed(mine) if e["event"] == "failed" and e.get("reason")), "")
-        if not told:
+        said = next((e["reason"] for e in reversed(mine) if e["event"] == "failed" and e.get("reason")), "")
+        told = f"{stage} ended with exit code {code}: {said}"
+        if not said:
             told = f"{stage} {_how_said(run, env.job, code)}"
             with contextlib.suppress(OSError):  # a full disk
                 env.events(run).append("failed", step=run.latest_step(), stage=stage, exit_code=code, reason=told)
-        ending.of_failure(run, env, stage, set_name, code, f"{stage} ended with exit code {code}: {told}")
+        ending.of_failure(run, env, stage, set_name, code, told)
 
 
 def _how_said(run: RunDir, job: str, code: int) -> str:

@@ -77,7 +77,8 @@ def describe(
     of_training = _made_of_it(run, config, damage)
     saving = _not_saving(events, config) if state == "running" and step > saved else None
     died = latest.get("reason") if failed else nodes.why_died(run, events)
-    unsaid = unheard.why(run, events) if state in ("ended", "cancelled") and queued is not None else None
+    gone = state in ("ended", "cancelled")
+    unsaid = damage.read(lambda: unheard.why(run, events, answers=queued is not None)) if gone else None
     problems = [died, saving, unsaid, *damage.told[: 1 if closed else None]]
     running = dict.fromkeys(here, "PENDING" if local.is_behind(events) else "RUNNING")
     now = time.time()

@@ -69,7 +69,7 @@ def word(f: Facts) -> str:
     if f.finished and f.works_here:
         began = [e.get("stage") for e in f.events if e["event"] == "stage_began"]
         return DOING.get(str(began[-1]) if began else "", "running")
-    tale = [e for e in f.events if (stage_of(e) in LATER) == f.finished and e["event"] not in BETWEEN]
+    tale = [e for e in f.events if is_later(stage_of(e)) == f.finished and e["event"] not in BETWEEN]
     last: dict[str, Any] = tale[-1] if tale else {}
     if last.get("event") in ("failed", "cancelled"):
         return str(last["event"])
@@ -94,6 +94,11 @@ def word(f: Facts) -> str:
     if f.jobs is None and last.get("event") == "requeued":
         return "queued"
     return "ended" if last else "prepared"
+
+
+def is_later(stage: str) -> bool:
+    """Whether a job of this stage, or of several that a process here does in turn (sample+evaluate), does not train."""
+    return stage.partition("+")[0] in LATER
 
 
 def waits(jobs: dict[str, Queued], end: str) -> list[dict[str, Any]]:

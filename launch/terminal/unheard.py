@@ -21,14 +21,15 @@ Event = dict[str, Any]
 
 def last_job(events: list[Event]) -> str:
     """The job that training was left with, where its events tell of no end of it; else ""."""
-    tale = (e for e in reversed(events) if e.get("stage", "train") not in standing.LATER)
+    tale = (e for e in reversed(events) if not standing.is_later(e.get("stage", "train")))
     last: Event = next((e for e in tale if e["event"] not in standing.BETWEEN), {})
     is_told = not last or last["event"] in ENDS or last.get("reason") in standing.OWN_REASONS
     return "" if is_told else str(last["job"])
 
 
-def why(run: RunDir, events: list[Event]) -> str | None:
-    """Why a run ended that has no job any more, where nothing of it says so. Asks SLURM, where it was its job."""
+def why(run: RunDir, events: list[Event], *, answers: bool = True) -> str | None:
+    """Why a run ended that has no job any more, where nothing of it says so. Asks SLURM, where it was its job; answers:
+    whether SLURM does, without which nobody knows of its jobs. Raises OSError."""
     job = last_job(events)
     if not job:
         return None
@@ -37,6 +38,8 @@ def why(run: RunDir, events: list[Event]) -> str | None:
         return None
     if not job[0].isdigit():
         return _here(job, sent, events)
+    if not answers:
+        return None
     told = scheduler.ends([job])[job] if scheduler.available("scontrol") else ""
     if standing.never_began(events, sent) and not (run.logs / f"train-{job}.out").exists():
         by_hand = (

@@ -300,6 +300,8 @@ def test_what_is_typed_for_a_stage_goes_before_its_section_and_what_is_typed_for
     for also, partition in ((None, "cheap"), ("sample", "urgent")):  # as of milestones, which are sampled and scored
         site = resolved(tmp_path, *typed, profile=PROFILE, stage="evaluate", also=also)
         assert options(site, "evaluate")["partition"] == "urgent" and options(site, "sample")["partition"] == partition
+    site = resolved(tmp_path, "--gpus-per-node", "4", stage="evaluate", also="sample")  # which takes four at a time
+    assert [options(site, stage)["gpus-per-node"] for stage in ("sample", "evaluate")] == ["4", "1"]
 
 
 @pytest.mark.parametrize(("profile", "named"), [

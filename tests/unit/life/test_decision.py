@@ -143,6 +143,11 @@ def test_retries_are_those_in_a_row_at_the_same_progress(told: list[tuple[str, i
     assert retries_without_progress([*events, event("requeued", "18", reason="crash", progress=5)], "17", 5) == count
 
 
+def test_an_event_that_is_there_twice_as_where_its_write_failed_at_the_end_is_one_retry() -> None:
+    events = [event("requeued", "17", restart, reason="crash", progress=5) for restart in (0, 0, 1)]
+    assert retries_without_progress(events, "17", 5) == 2
+
+
 def test_a_successor_inherits_the_retries() -> None:
     events = [event("requeued", "17", reason="crash", progress=5), event("submitted", "101", successor_of="17")]
     assert retries_without_progress(events, "101", 5) == 1

@@ -136,6 +136,21 @@ def test_a_job_here_that_is_asked_twice_leaves_at_once(
     assert left == [130]
 
 
+def test_a_closing_terminal_and_a_shutdown_are_one_wish_too(
+    flag: Callable[[bool], StopFlag], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    stop = flag(False)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.raise_signal(number)
+    assert stop() == "interrupted" and left == []
+    later = time.monotonic() + preemption.TWICE_S
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: later)
+    signal.raise_signal(signal.SIGTERM)
+    assert left == [143]
+
+
 def test_a_signal_that_comes_while_a_compiler_works_is_heeded_and_does_not_end_the_compiler(
     flag: Callable[[bool], StopFlag],
 ) -> None:

@@ -156,12 +156,13 @@ def test_a_file_system_that_is_away_for_a_moment_when_the_shell_begins_or_ends_c
     assert "No such file" not in shell.said, "which would be the life's last error"
 
 
-def test_a_run_that_is_not_there_beside_others_is_not_waited_for(shell: Shell, tmp_path: Path) -> None:
+@pytest.mark.parametrize("typed", ["{0}/tiny", "{0}/tiny/", "tiny"])
+def test_a_run_that_is_not_there_beside_others_is_not_waited_for(shell: Shell, tmp_path: Path, typed: str) -> None:
     shell.put("sleep", f"touch {tmp_path}/waited")
     script = f"mv {shell.run.path} {tmp_path}/moved; . {PROJECT}/slurm/supervise.sh || exit 2"
-    ended = subprocess.run(["bash", "-c", script], env={"DDPM_HOME": str(PROJECT), "DDPM_RUN": str(shell.run.path),
+    ended = subprocess.run(["bash", "-c", script], env={"DDPM_HOME": str(PROJECT), "DDPM_RUN": typed.format(tmp_path),
                            "DDPM_STAGE": "train", "SLURM_JOB_ID": "17", "PATH": f"{shell.bin}:/usr/bin:/bin"},
-                           capture_output=True, text=True, timeout=60)  # fmt: skip
+                           capture_output=True, text=True, timeout=60, cwd=tmp_path)  # fmt: skip
     assert ended.returncode == 2 and "is no run directory" in ended.stderr and not (tmp_path / "waited").exists()
 
 

@@ -654,6 +654,18 @@ def test_lives_whose_run_directory_cannot_be_read_are_put_back_as_often_as_a_cra
     assert shell_ends(0) == 0 and shell_ends(78) == 78 and len(cluster.requeued) == 3
 
 
+def test_a_run_that_stays_away_is_given_up_while_the_job_has_its_last_minutes(
+    cluster: Cluster, shell_ends: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, clock = [], [0.0]
+    break_file_system(monkeypatch, 10**6)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(supervisor.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(scheduler, "requeue", lambda job: at.append(clock[0]))
+    shell_ends(1)  # as where a save before the time limit failed, of whose 120 s 90 are left then
+    assert len(at) == 1 and 60 <= at[0] < 85
+
+
 def test_a_successor_that_an_unreadable_run_directory_prevents_is_told(
     run: RunDir, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

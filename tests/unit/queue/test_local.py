@@ -165,6 +165,23 @@ def test_a_stage_that_was_killed_is_told_in_the_log_since_it_could_not_say_so_it
     assert event["event"] == "failed" and event["reason"].startswith(f"train was killed by {told}")
 
 
+@pytest.mark.parametrize(("code", "said", "told"), [
+    (-9, "", "train was killed by SIGKILL, as by the kernel where memory runs out"),
+    (1, "", "train ended with exit code 1"),
+    (1, "no room", "train ended with exit code 1: no room"),
+])  # fmt: skip
+def test_the_owner_is_told_once_how_a_job_here_ended(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, code: int, said: str, told: str
+) -> None:
+    heard: list[str] = []
+    monkeypatch.setenv("DDPM_JOB", "local-1")
+    monkeypatch.setattr(local.ending, "of_failure", lambda *words: heard.append(words[-1]))
+    if said:
+        EventLog(run, "local-1", 0, "here").append("failed", reason=said)
+    local._tell(run, "train", "", code)
+    assert heard == [told]
+
+
 SAID = """\
 Traceback (most recent call last):
   File "x.py", line 3, in <module>

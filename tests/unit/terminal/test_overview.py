@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -256,7 +257,24 @@ def test_a_process_of_this_machine_that_is_gone_without_a_word_is_told_too(
     sent = EventLog(run, "local-1", 0, host, prefix="submit-")
     sent.append("submitted", stage="train", via="local", pid=999_999_999, run=str(run.path))
     EventLog(run, "local-1", 0, host).append("started", step=0)
-    row = describe(run, {})
-    assert row["state"] == "ended" and f"pid 999999999 on {host} {told}" in row["problem"]
+    for queued in ({}, None):  # where there is no SLURM, too
+        row = describe(run, queued)
+        assert row["state"] == "ended" and f"pid 999999999 on {host} {told}" in row["problem"]
     EventLog(run, "local-1", 0, host).append("stop_requested", reason="interrupted", step=3)
     assert "999999999" not in (describe(run, {})["problem"] or "")
+    later = EventLog(run, "local-2", 0, host, prefix="submit-")  # its milestones
+    later.append("submitted", stage="sample+evaluate", via="local", pid=999_999_999, run=str(run.path))
+    assert "999999999" not in (describe(run, {})["problem"] or "")
+
+
+def test_a_run_whose_logs_may_not_be_looked_into_is_shown_all_the_same(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run.logs))
+
+    run.heartbeat.unlink()
+    monkeypatch.setattr(scheduler, "available", lambda command="sbatch": False)
+    monkeypatch.setattr(unheard, "why", denied)
+    row = describe(run, {})
+    assert row["state"] == "ended" and str(run.logs) in row["problem"]
