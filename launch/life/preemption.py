@@ -77,11 +77,8 @@ class StopFlag:
             self._on_int(signum, frame)
 
     def _on_int(self, signum: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.reason is not None and now - self._asked_at >= TWICE_S:
+        if self.reason is not None and time.monotonic() - self._asked_at >= TWICE_S:
             os._exit(128 + signum)  # asked twice: leave at once
-        if self.reason is None:
-            self._asked_at = now
         self._set("interrupted")
 
     def _on_cpu_limit(self) -> None:
@@ -89,6 +86,8 @@ class StopFlag:
         say(f"{faults.of_limit('t')}. This life ends here, with a save; another start goes on")
 
     def _set(self, reason: str) -> None:
+        if self.reason is None:
+            self._asked_at = time.monotonic()
         if self.reason is None or reason == "time_limit":  # the last word: SLURM requeues nobody at the time limit
             self.reason = reason
 
