@@ -185,7 +185,8 @@ class Trainer:
         overwritten while it was mapped). A stop whose save failed is reported as `saved=False`.
         """
         try:
-            return self._train(stop_requested)
+            with self.world.heeded():  # first: the others wait for its answer for some seconds alone
+                return self._train(stop_requested)
         except Exception:
             self.chronicle.end_save()  # of an earlier step, which was good
             raise
