@@ -329,7 +329,7 @@ def test_how_many_fit_is_tried_once_with_the_kernels_that_will_run(
     by_own: list[bool] = []
     with Life(make_config(train__micro_batch="auto"), make_run(tmp_path / "run"), warm_up=False) as life:
         trainer: Any = life.trainer
-        trainer.resolved = replace(trainer.resolved, kernels="own")
+        trainer.step.resolved = replace(trainer.resolved, kernels="own")
         monkeypatch.setattr(fused, "serve", lambda *_: True)
         monkeypatch.setattr(fitting, "fit", lambda step: by_own.append(step.state.model.own_kernels) or 2)
         assert trainer.fit() == 2 and trainer.fit() is None
