@@ -31,7 +31,8 @@ def fit(step: Step) -> int:
     if step.world.device.type == "cuda":
         found = largest(divisors(step.share)[::-1], step.try_out, step.world)
         if found is None:
-            raise _lacking(step, NOT_ONE)
+            lacking = step.world.all_of(_lacking(step, NOT_ONE))
+            raise next((e for e in lacking if isinstance(e, NodeUnfit)), lacking[0])  # rank 0's word is the job's
         step.micro = found
     return step.micro
 

@@ -19,7 +19,7 @@ MOST_VALUES = 100_000
 
 
 def show(step: Step, chronicle: Chronicle) -> None:
-    """Show them of the step just taken; where not one image fits beside the steps, say so instead."""
+    """Show them at the step just taken; where not one image fits beside the steps, say so instead."""
     found = of_gradients(step)
     if not found:
         chronicle.say("no histograms: not one image fits beside the steps", step=step.state.at.step)

@@ -62,7 +62,7 @@ class Trainer:
         start: dict[str, Any] | None = None,
         held_out: PackedImages | None = None,
     ) -> None:
-        self.config, self.run, self.world, self.resolved, self.chronicle = config, run, world, resolved, chronicle
+        self.config, self.run, self.world, self.chronicle = config, run, world, chronicle
         self._start = start
         self.state = TrainingState(config, world, resolved.amp)
         self.step = Step(config, world, packed, resolved, self.state)
@@ -80,6 +80,10 @@ class Trainer:
     @property
     def at(self) -> Progress:
         return self.state.at
+
+    @property
+    def resolved(self) -> Resolved:
+        return self.step.resolved
 
     # ------------------------------------------------------------ resuming
 
@@ -157,7 +161,7 @@ class Trainer:
             return None
         self.step.choose_kernels()
         found = fitting.fit(self.step)
-        self.resolved = replace(self.resolved, micro_batch=found)
+        self.step.resolved = replace(self.resolved, micro_batch=found)
         self.chronicle.say("train.micro_batch=auto", images_at_a_time=found, of=self.step.share)
         return found
 
@@ -185,7 +189,8 @@ class Trainer:
         overwritten while it was mapped). A stop whose save failed is reported as `saved=False`.
         """
         try:
-            return self._train(stop_requested)
+            with self.world.heeded():  # first: the others wait for its answer for some seconds alone
+                return self._train(stop_requested)
         except Exception:
             self.chronicle.end_save()  # of an earlier step, which was good
             raise

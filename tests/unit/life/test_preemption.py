@@ -121,14 +121,17 @@ def test_a_job_here_under_nohup_outlives_its_terminal(flag: Callable[[bool], Sto
     assert stop() is None
 
 
-def test_a_job_here_that_is_asked_twice_leaves_at_once(
-    flag: Callable[[bool], StopFlag], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("scheduled", "first"), [
+    (False, signal.SIGINT), (False, signal.SIGTERM), (False, signal.SIGHUP), (True, signal.SIGTERM),
+])  # fmt: skip
+def test_a_job_that_is_asked_twice_leaves_at_once_but_what_comes_together_is_one_wish(
+    flag: Callable[[bool], StopFlag], monkeypatch: pytest.MonkeyPatch, scheduled: bool, first: signal.Signals
 ) -> None:
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
-    flag(False)
-    for _ in range(3):  # a shutdown tells it, and so does who has started it, who was told too
-        signal.raise_signal(signal.SIGINT)
+    flag(scheduled)
+    for number in (first, signal.SIGTERM, signal.SIGINT):  # of a shutdown, of the terminal, of who has started it
+        signal.raise_signal(number)
     assert left == []
     later = time.monotonic() + preemption.TWICE_S
     monkeypatch.setattr(preemption.time, "monotonic", lambda: later)

@@ -34,7 +34,7 @@ def test_how_many_images_fit_is_found_and_kept_where_kernels_are_compiled_for_th
     monkeypatch.setattr(training, "_keep", lambda run, fence, resolved: told.append(resolved))
     trainer: Any = SimpleNamespace(
         warm=False, config=None, fit=lambda: 8, warm_up=lambda stop: told.append("warm"),
-        train=lambda *_: Outcome(True, 8),
+        train=lambda stop: Outcome(True, 8),
     )  # fmt: skip
     monkeypatch.setattr(training, "score_milestones", lambda *_: None)
     life: Any = SimpleNamespace(run=RunDir(tmp_path), stop=StopFlag())

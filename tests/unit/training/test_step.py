@@ -304,6 +304,25 @@ def test_where_another_node_may_have_room_it_is_tried(
         fitting.first(step, lambda: fits(4))
 
 
+def test_where_one_rank_may_find_room_elsewhere_that_is_the_word_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two(World):
+        def agree(self, values: list[int]) -> list[int]:
+            return values
+
+        def all_of(self, value: Any) -> list[Any]:
+            return [value, NodeUnfit("other processes have it")]
+
+    def lacking(num: int) -> None:
+        raise LACKS
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40 << 30)
+    state = SimpleNamespace(at=Progress(0))
+    step: Any = SimpleNamespace(world=Two(0, 2, torch.device("cuda")), share=4, try_out=lacking, state=state)
+    with pytest.raises(NodeUnfit, match="other processes have it"):
+        fitting.fit(step)
+
+
 def test_how_many_fit_is_tried_once_with_the_kernels_that_will_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

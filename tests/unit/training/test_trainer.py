@@ -1,12 +1,15 @@
 """ddpm/training/trainer.py: a run that was stopped anywhere, any number of times, is the run that never was."""
 
+import contextlib
 import errno
 import json
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
 
 import pytest
@@ -509,6 +512,29 @@ def test_a_save_under_way_where_training_ends_by_an_error_is_given_time_to_end(
             life.trainer.train(asked)
         assert run.steps_saved() == ([2] if hangs else [4, 2])  # the process of a job ends here
         seen.set()
+
+
+def test_who_hangs_is_found_out_before_a_save_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others ask at the same time, and not for long: who does not answer is taken for one that hangs."""
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def heeded() -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            told.append("roll")
+            raise RanksLost("rank 1 did not answer") from None
+
+    def asked() -> None:
+        raise RuntimeError("Timed out waiting 4000ms for recv operation to complete")
+
+    peers: Any = SimpleNamespace(heeded=heeded)
+    with Life(make_config(), make_run(tmp_path), world=ranks.World(0, 1, CPU, peers)) as life:
+        monkeypatch.setattr(life.trainer.chronicle, "end_save", lambda: told.append("save"))
+        with pytest.raises(RanksLost, match="rank 1"):
+            life.trainer.train(asked)
+    assert told == ["roll", "save"]
 
 
 def test_a_disk_full_for_everything_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
