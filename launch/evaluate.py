@@ -36,10 +36,9 @@ from launch.evaluation import Outcome, do, of_score
 from launch.queue import borrowing, bounds, chain, local, milestones
 from launch.queue.directory import base_of, use_shell_of
 from launch.queue.sets import LEAST_SCORED, own_request, score_by, wrong_with
-from launch.queue.submitting import describe
 from launch.queue.turns import turn
 from launch.queue.waiting import asked_together, evaluations_in_queue, jobs_in_queue
-from launch.terminal import console, follow
+from launch.terminal import console, follow, plan
 from launch.terminal.comparison import chosen_scores, print_comparison
 from launch.terminal.images import check_new, score_images
 from launch.terminal.results import print_milestones
@@ -93,10 +92,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print all of a score as JSON on a terminal too, as in a pipe"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the job script; touch nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be computed; touch nothing")
+    parser.add_verbose()
     parser.add_root()
     add_options(parser)
     args = parser.parse_args()
+    parser.check_verbose(args)
     _check(args, parser)
     if args.extractor:
         args.extractor = extractor_of(args.extractor)
@@ -222,7 +223,8 @@ def score(run: RunDir, config: Config, site: Site, args: argparse.Namespace) -> 
         job = replace(job, parts=max(own_request(run, set_name).shards, num_parts(run, config, reference)))
     if args.dry_run:
         job = replace(job, after=":".join(jobs_in_queue(run, "sample", set_name)) or None)
-        print(describe(job) + "\n# dry run: nothing was written or queued")
+        print(f"# score: of sample set {set_name}, against {reference}, by {asked.extractor}")
+        plan.print_jobs([job], scripts=args.verbose)
         return 0
     prepare.ensure_weights(asked.extractor, Path(data_of(run)["cache"]))
 
@@ -239,7 +241,8 @@ def score_bound(run: RunDir, config: Config, site: Site, args: argparse.Namespac
     name = request.name
     job = Job("evaluate", run, settle(site, dry_run=args.dry_run), name, extra_args=("--bits-per-dim",), parts=parts)
     if args.dry_run:
-        print(f"# {bounds.cost(request, config)}\n{describe(job)}\n# dry run: nothing was written or queued")
+        print(f"# {bounds.cost(request, config)}")
+        plan.print_jobs([job], scripts=args.verbose)
         return 0
     bounds.publish(run, request)
     print(bounds.cost(request, config), file=sys.stderr)
@@ -264,7 +267,8 @@ def save_statistics(run: RunDir, config: Config, site: Site, args: argparse.Name
     parts = 1 if site.tasks == "auto" else num_parts(run, config, split)
     job = Job("evaluate", run, settle(site, dry_run=args.dry_run), name, extra_args=said, parts=parts)
     if args.dry_run:
-        print(describe(job) + "\n# dry run: nothing was written or queued")
+        print(f"# statistics: of {split}, by {extractor}, to {path}")
+        plan.print_jobs([job], scripts=args.verbose)
         return 0
     prepare.ensure_weights(extractor, Path(data_of(run)["cache"]))
 
@@ -297,8 +301,7 @@ def score_milestones(run: RunDir, config: Config, site: Site, args: argparse.Nam
         if lacking:
             console.warn(milestones.how_many(config))
         if args.dry_run:
-            print("\n\n".join(describe(job) for _, jobs in chains for job in jobs))
-            print("# dry run: nothing was written or queued")
+            plan.print_jobs([job for _, jobs in chains for job in jobs], scripts=args.verbose)
             return 0
         for _, jobs in [] if site.is_local else chains:
             use_shell_of(run, site)

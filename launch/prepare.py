@@ -343,7 +343,7 @@ def _pack(config: Config, site: Site, cache: Path, stages: list[str]) -> dict[st
     if told := told_of_classes(labels):
         print(told, flush=True)
         if not config.model.num_classes:
-            print(f"the model knows nothing of them: model.num_classes={len(labels['classes'])} does", flush=True)
+            print(f"the model does not use them; with model.num_classes={len(labels['classes'])} it does", flush=True)
     warn_of_batch(config, len(packed))
     record = {"cache": str(cache / "data"), "key": key, "digest": packed.digest, "num_images": len(packed)}
     return {"data": {**record, "scratch": site.scratch, **held_out}, "labels": labels}

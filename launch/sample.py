@@ -18,6 +18,7 @@ from ddpm.config import reading
 from ddpm.config.diffusion import VARIANCES
 from ddpm.config.sample import kind_of
 from ddpm.config.schema import Config
+from ddpm.config.yaml import dump_yaml
 from ddpm.data.labels import class_index, class_names
 from ddpm.errors import RequestError
 from ddpm.run import generations
@@ -34,10 +35,10 @@ from launch.cluster.settling import settle
 from launch.cluster.site import Site
 from launch.queue import borrowing, chain, local, milestones, sets
 from launch.queue.directory import base_of, use_shell_of
-from launch.queue.submitting import by_hand, describe, submit_alone
+from launch.queue.submitting import by_hand, submit_alone
 from launch.queue.turns import turn
 from launch.queue.waiting import jobs_in_queue
-from launch.terminal import console, follow
+from launch.terminal import console, follow, plan
 from launch.terminal.results import why_not
 
 EXAMPLES = """examples:
@@ -89,10 +90,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--prepare", action="store_true", help="write the request; queue nothing")
     parser.add_argument("--wait", action="store_true", help="wait until the shards are done")
-    parser.add_argument("--dry-run", action="store_true", help="print the request and the job script; touch nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the request; touch nothing")
+    parser.add_verbose()
     parser.add_root()
     add_options(parser)
     args = parser.parse_args()
+    parser.check_verbose(args)
     if args.prepare and args.wait:
         parser.error("--prepare queues nothing, so that there is nothing to --wait for")
     return args
@@ -204,8 +207,8 @@ def main() -> int:
     sample_set = run.sample_set(set_name)
     if args.dry_run:
         job = Job("sample", run, settle(site, dry_run=True), set_name, tuple(range(request.shards)))
-        print(f"# sample set: {sample_set.path}\n# request: {request.to_record()}\n{describe(job)}")
-        print("# dry run: nothing was written or queued")
+        print(f"# sample set: {sample_set.path}\n# request:\n{dump_yaml(request.to_record())}")
+        plan.print_jobs([job], scripts=args.verbose)
         return 0
 
     if sample_set.request.exists():

@@ -82,15 +82,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the request and the resolved config; change nothing"
     )
-    parser.add_argument("--verbose", action="store_true", help="with --dry-run: the exact job scripts too")
+    parser.add_verbose()
     parser.add_argument(
         "--prepare", action="store_true", help="pack data, check, make the run directory; queue nothing"
     )
     add_options(parser)
     parser.set_defaults(base=None)  # what a run that goes on was submitted with
     args = parser.parse_intermixed_args()
-    if args.verbose and not args.dry_run:
-        parser.error("--verbose goes with --dry-run, which shows the job scripts")
+    parser.check_verbose(args)
     if args.prepare and args.wait:
         parser.error("--prepare queues nothing, so that there is nothing to --wait for")
     return args

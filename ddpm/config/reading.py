@@ -33,8 +33,9 @@ def load(path: Path, overrides: Iterable[str] = (), *, shelf: Path | None = None
             raise RequestError(f"config file {path} is {why}: bring that back, or restore the file") from None
         known = {p.stem: p for d in (shelf, path.parent) if d is not None for p in sorted(d.glob("*.yaml"))}
         near = difflib.get_close_matches(path.stem, known, 1, 0.5)
-        there = ", ".join(map(str, known.values()))
-        hint = f"did you mean {known[near[0]]}?" if near else f"there are: {there}"
+        places = dict.fromkeys(p.parent for p in known.values())
+        there = "; ".join(f"in {d}: {', '.join(p.name for p in known.values() if p.parent == d)}" for d in places)
+        hint = f"did you mean {known[near[0]]}?" if near else f"there are, {there}"
         if not known:
             folder = path.parent.absolute()
             hint = f"{folder} has no .yaml file" if folder.is_dir() else f"there is no folder {folder}"

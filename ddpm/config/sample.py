@@ -98,7 +98,7 @@ class Evaluate(Section):
     """`inception`, `dinov2`, `file:PATH` (TorchScript, or an exported .pt2), or `random-inception` and `pixels`, which
     check the wiring and need no download. Only inception's distance is a FID."""
     reference: str = "train"
-    """`train`, `test`, a pytorch-fid .npz, or a folder or zip of images."""
+    """`train`, `test`, a pytorch-fid .npz, or images: a folder, zip, .npz or .npy."""
     milestones: Milestones | None = None
     """Sample and score each milestone while training goes on, in jobs of their own; null: no."""
 

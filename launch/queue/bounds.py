@@ -41,12 +41,12 @@ def request_for(
 def cost(request: BoundRequest, config: Config) -> str:
     """What the request costs, in words."""
     images = (
-        "all images"
+        "each image"
         if request.num_images is None
-        else f"{counted(request.num_images, 'image', ',')} (seed {request.seed})"
+        else f"each of {counted(request.num_images, 'image', ',')} (seed {request.seed})"
     )
     return (
-        f"{request.name}: {config.diffusion.timesteps:,} evaluations of the network for each of {images} of "
+        f"{request.name}: {config.diffusion.timesteps:,} evaluations of the network for {images} of "
         f"{request.split}, as ancestral sampling of as many would take"
     )
 

@@ -97,10 +97,19 @@ class Parser(argparse.ArgumentParser):
         which = f"{when}which checkpoint: a number, or `best` of the milestones (default: the newest)"
         self.add_argument("--step", type=step, help=which)
 
+    def add_verbose(self) -> None:
+        self.add_argument("--verbose", action="store_true", help="with --dry-run: the exact job scripts too")
+
+    def check_verbose(self, args: argparse.Namespace) -> None:
+        if args.verbose and not args.dry_run:
+            self.error("--verbose goes with --dry-run, which shows the job scripts")
+
     def add_root(self) -> None:
         self.add_argument("--root", help="folder of the runs (default: DDPM_RUNS, or runs/ in the project)")
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r": invalid int value: (.*)", r" \1: must be a whole number", message)
+        message = re.sub(r": invalid float value: (.*)", r" \1: must be a number", message)
         near = self._meant(message)
         hint = f"did you mean {' or '.join(near)}?" if near else f"see {self.prog} --help"
         self.exit(2, f"error: {message}; {hint}\n")
@@ -159,6 +168,8 @@ def config_and_changes(words: list[str], root: str | None) -> tuple[Path, list[s
                 else "name a run, or a config file"
             )
             raise RequestError(f"{plain(files[0])}: a folder, and no run there; {way}")
+        if not os.path.lexists(path) and path.suffix not in (".yaml", ".yml"):
+            raise _none(files[0], environment.runs_root(root), or_recipe=True)
     return path, changes, None
 
 
@@ -231,14 +242,25 @@ def find_run(word: str, root: str | None) -> RunDir:
             f"{plain(word)}: exported weights, and no run: ddpm.load({word!r}).sample(64) in Python draws from them, "
             f"and {_with_exported(word)} begins a run with them"
         )
+    raise _none(word, base)
+
+
+def _none(word: str, base: Path, *, or_recipe: bool = False) -> RequestError:
+    """That a word names no run in `base`, with those there are; or_recipe: nor a config file."""
     every = all_runs(base)
     names, sweeps = [run.name for run in every], list(dict.fromkeys(filter(None, map(sweep_of, every))))
     known = ", ".join(map(plain, names)) or "none"
     if sweeps:
         known += f", and the sweeps {', '.join(map(plain, sweeps))}"
-    near = [plain(name) for name in difflib.get_close_matches(word, [*names, *sweeps], 2)]
-    meant = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise RequestError(f"no run {word!r}; in {base} there are: {known} (--root looks elsewhere){meant}")
+    recipes = {path.stem: path for path in environment.SHIPPED.glob("configs/*.yaml")} if or_recipe else {}
+    near = difflib.get_close_matches(
+        Path(word).name, [*names, *([] if or_recipe else sweeps), *recipes], 1 if or_recipe else 2
+    )
+    meant = f"; did you mean {' or '.join(plain(str(recipes.get(name, name))) for name in near)}?" if near else ""
+    if or_recipe and not near:
+        meant = "; python launch/submit.py --list shows the recipes"
+    what = "no run and no config file" if or_recipe else "no run"
+    return RequestError(f"{what} {word!r}; in {base} there are: {known} (--root looks elsewhere){meant}")
 
 
 def sweep_of(run: RunDir) -> str | None:

@@ -14,6 +14,7 @@ from ddpm.config.schema import Config
 from ddpm.network.made import other_than_the_unet
 from ddpm.run.log import counted
 from ddpm.run.paths import RunDir
+from launch.cluster.job import Job
 from launch.cluster.site import Site
 from launch.queue import chain
 from launch.queue.submitting import describe
@@ -59,8 +60,7 @@ def print_dry_run(
     print(config.to_yaml())
     jobs = chain.jobs_of(run, config, site, stages if known else [], train=train)
     if not scripts or not jobs:
-        what = f"{'command' if site.is_local else 'job script'}{'s' * (len(jobs) > 1)}"
-        print("# dry run: nothing was written or queued" + (f"; --verbose shows the exact {what}" if jobs else ""))
+        print(_nothing_done(jobs, scripts=False))
         return
     if site.is_local:
         print("# processes on this machine, one after another:")
@@ -72,7 +72,33 @@ def print_dry_run(
     if in_container and not site.is_local:
         print("# container.sh of the run, by which slurm/supervise.sh has ranks started in their container:")
         print("\n".join(in_container))
-    print("# dry run: nothing was written or queued")
+    print(_nothing_done(jobs, scripts=True))
+
+
+def print_jobs(jobs: Sequence[Job], *, scripts: bool) -> None:
+    """The end of a dry run of later stages. scripts: those of their jobs too."""
+    if scripts:
+        print("\n\n".join(map(describe, jobs)))
+    else:
+        print("\n".join(dict.fromkeys(f"# {job.stage}: {_asked(job)}" for job in jobs)))
+    print(_nothing_done(jobs, scripts=scripts))
+
+
+def _asked(job: Job) -> str:
+    """What a job of a later stage asks for."""
+    site = job.site
+    if site.is_local:
+        return f"GPUs: {_devices(site)}"
+    gpus = f"{job.num_tasks} tasks; GPUs of each" if job.num_tasks > 1 else "GPUs"
+    return f"{gpus}: {_devices(site)}; time: {_limit(site)}"
+
+
+def _nothing_done(jobs: Sequence[Job], *, scripts: bool) -> str:
+    more = ""
+    if jobs and not scripts:
+        what = "command" if jobs[0].site.is_local else "job script"
+        more = f"; --verbose shows the exact {what}{'s' * (len(jobs) > 1)}"
+    return f"# dry run: nothing was written or queued{more}"
 
 
 def print_sweep(
@@ -155,23 +181,28 @@ def _steps(config: Config, num_images: int | None) -> str:
 def _gpus(config: Config, site: Site) -> str:
     ranks = site.world_size
     share = f"{counted(config.train.global_batch // ranks, 'image')} a rank and step" if ranks > 1 else ""
+    return ", ".join(filter(None, [_devices(site), share]))
+
+
+def _devices(site: Site) -> str:
     if not site.num_gpus:
         where = "on this machine" if site.is_local else f"on {counted(site.nodes, 'node')}"
-        told = f"none asked for, {counted(ranks, 'rank')} {where}"
-    else:
-        kind = f" {site.gpu_type}" if site.gpu_type else ""
-        nodes = f" on each of {site.nodes} nodes" if site.nodes > 1 else " on one node"
-        told = f"{site.num_gpus}{kind}{nodes}"
-    return ", ".join(filter(None, [told, share]))
+        return f"none asked for, {counted(site.world_size, 'rank')} {where}"
+    kind = f" {site.gpu_type}" if site.gpu_type else ""
+    nodes = f" on each of {site.nodes} nodes" if site.nodes > 1 else " on one node"
+    return f"{site.num_gpus}{kind}{nodes}"
 
 
 def _time(site: Site) -> str:
     if site.is_local:
         return "until it is done, in the background"
-    asked = (
+    return f"{_limit(site)}; {site.lead_s} s before its end the run saves, goes back into the queue and goes on"
+
+
+def _limit(site: Site) -> str:
+    return (
         "no --time, so the partition's" if site.time is None else f"{site.time // 60} h {site.time % 60:02} min a job"
     )
-    return f"{asked}; {site.lead_s} s before its end the run saves, goes back into the queue and goes on"
 
 
 def _cost(config: Config, site: Site, done: int) -> str:

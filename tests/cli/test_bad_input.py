@@ -160,6 +160,21 @@ def test_a_missing_config_file_is_named_with_its_nearest_match_wherever_the_user
     assert "python launch/submit.py none/config.yaml --from none --name NAME begins a run\n" in told
 
 
+def test_a_run_to_go_on_that_is_not_there_is_spoken_of_as_a_run(shell: Shell) -> None:
+    (shell.root / "there").mkdir(parents=True)
+    (shell.root / "there" / "run.json").write_text("{}")
+    message = shell.refused("submit", "runs/ther")
+    assert "no run and no config file 'runs/ther'; in " in message and "there are: there (--root" in message
+    assert message.endswith("did you mean there?\n"), message
+    message = shell.refused("submit", "runs/NOSUCH")
+    assert message.endswith("; python launch/submit.py --list shows the recipes\n") and ".yaml" not in message, message
+    assert shell.refused("submit", "cifar10").endswith(f"did you mean {CIFAR}?\n")
+    (shell.cwd / "tiny.yaml").unlink()
+    message = shell.refused("submit", "NOSUCH.yaml")
+    folder = str(PROJECT / "configs")
+    assert f"there are, in {folder}: celeba-128.yaml, " in message and message.count(folder) == 1, message
+
+
 DATA: dict[str, tuple[Callable[[Path], object], str]] = {
     "no images": (lambda p: write_zip(p, {"a/readme.txt": b"x"}), "no images in this zip"),
     "empty": (lambda p: write_zip(p, {}), "no images in this zip"),
@@ -212,6 +227,7 @@ def test_an_unknown_run_is_refused_with_the_runs_there_are(shell: Shell, script:
 
 def test_a_checkpoint_set_or_split_that_does_not_exist_is_refused_with_those_that_do(finished: Shell) -> None:
     assert "no checkpoint of step 7; it has [200, 400]" in finished.refused("sample", "tiny", "--step", "7")
+    assert "--steps 'x': must be a whole number" in finished.refused("sample", "tiny", "--steps", "x")
     assert "'bets' is neither a number nor best" in finished.refused("sample", "tiny", "--step", "bets")
     assert "sample set name 'a/b'" in finished.refused("sample", "tiny", "--set", "a/b")
     assert "sample.steps = 51: at most diffusion.timesteps = 50" in finished.refused("sample", "tiny", "--steps", "51")

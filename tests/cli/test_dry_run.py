@@ -433,14 +433,36 @@ def test_dry_run_on_this_machine_shows_the_processes(shell: Shell) -> None:
 
 
 def test_later_stages_show_what_would_run_where_the_run_was_submitted_to(finished: Shell) -> None:
-    shown = finished("sample", "tiny", "--set", "more", "--shards", "3", "--dry-run").stdout
+    shown = finished("sample", "tiny", "--set", "more", "--shards", "3", "--dry-run", "--verbose").stdout
     assert "--shards 0-2\n" in shown and "SBATCH" not in shown
-    script = finished("sample", "tiny", "--set", "more", "--shards", "3", "--cluster", "slurm", "--dry-run").stdout
+    script = finished(
+        "sample", "tiny", "--set", "more", "--shards", "3", "--cluster", "slurm", "--dry-run", "--verbose"
+    ).stdout
     assert "#SBATCH --array=0-2%3" in script
-    assert "launch.jobs evaluate" in finished("evaluate", "tiny", "--dry-run").stdout
+    assert "launch.jobs evaluate" in finished("evaluate", "tiny", "--dry-run", "--verbose").stdout
     for more in ([], ["--cluster", "slurm"]):
-        gpu = finished("sample", "tiny", "--set", "more", "--partition", "gpu", *more, "--dry-run").stdout
+        gpu = finished("sample", "tiny", "--set", "more", "--partition", "gpu", *more, "--dry-run", "--verbose").stdout
         assert "--partition=gpu" in gpu and "--gpus-per-node=1" in gpu  # of a run that was made here, too
+
+
+def test_later_stages_show_their_job_scripts_when_asked_as_a_submission_does(finished: Shell) -> None:
+    end = "# dry run: nothing was written or queued; --verbose shows the exact"
+    asked = ["tiny", "--cluster", "slurm", "--partition", "gpu", "--dry-run"]
+    shown = finished("sample", *asked, "--set", "more").stdout
+    assert "#!/bin/bash" not in shown and "{'" not in shown and shown.endswith(f"{end} job script\n"), shown
+    assert "# request:\ncheckpoint: {step: 400, sha256: " in shown and "\nsampler: ddim\n" in shown, shown
+    assert "# sample: 2 tasks; GPUs of each: 1 on one node; time: no --time, so the partition's\n" in shown, shown
+    for more, said in (
+        ([], "# score: of sample set ddim4-step400-seed0, against train, by pixels\n"),
+        (["--bits-per-dim", "--reference", "train"], "# bits-per-dim"),
+        (["--save-stats", "x.npz"], "# statistics: of train, by pixels, to "),
+    ):
+        shown = finished("evaluate", *asked, *more).stdout
+        assert said in shown and "#!/bin/bash" not in shown and shown.endswith(f"{end} job script\n"), shown
+    for script in ("sample", "evaluate"):
+        shown = finished(script, *asked, "--verbose").stdout
+        assert "#!/bin/bash" in shown and shown.endswith("# dry run: nothing was written or queued\n"), shown
+        assert "--verbose goes with --dry-run" in finished.refused(script, "tiny", "--verbose")
 
 
 @pytest.mark.parametrize("via", ["submitit", "sbatch"])

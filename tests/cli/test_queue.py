@@ -224,9 +224,9 @@ def test_where_slurm_has_no_arrays_one_job_makes_all_shards(again: Shell, slurm:
 
 
 def test_no_more_tasks_are_queued_than_a_score_or_its_statistics_have_parts(again: Shell, slurm: Path) -> None:
-    asked = again("evaluate", "tiny", *SLURM, "--save-stats", "train.npz", "--tasks", "500", "--dry-run")
+    asked = again("evaluate", "tiny", *SLURM, "--save-stats", "train.npz", "--tasks", "500", "--dry-run", "--verbose")
     assert asked.returncode == 0 and "array" not in asked.stdout, asked.stdout + asked.stderr  # 1,797 images: one part
-    asked = again("evaluate", "tiny", *SLURM, "--tasks", "500", "--dry-run")
+    asked = again("evaluate", "tiny", *SLURM, "--tasks", "500", "--dry-run", "--verbose")
     assert asked.returncode == 0 and "--array=0-1" in asked.stdout, asked.stdout + asked.stderr  # two shards
 
 
