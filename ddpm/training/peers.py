@@ -26,6 +26,8 @@ CLOSED = re.compile(r"gloo/transport/tcp/|(?:closed|reset) by peer|likely closed
 ROLL_CALL = 0.05
 """How long ranks that waited in vain are given to say so, as a part of that time: they may not have begun together."""
 POLL_S = 0.2
+LINGER_S = 3.0
+"""How long rank 0, who has the store, stays once it knows: others may have begun to wait so much later."""
 
 HostOf = Callable[["dict[int, str]"], "dict[int, str]"]
 """(rank -> host of those that came) -> rank -> host of the others, as far as these are known."""
@@ -123,7 +125,7 @@ class Peers:
 
     def _lost(self, at: dict[int, str], why: str) -> NoReturn:
         if self.rank == 0:
-            time.sleep(5 * POLL_S)  # the other ranks are about to ask the store too
+            time.sleep(LINGER_S)
         raise RanksLost.silent(at, why) from None
 
 
