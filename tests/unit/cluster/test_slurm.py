@@ -409,12 +409,18 @@ LIMIT = "Job violates accounting/QOS policy (job submit limit, user's size and/o
 
 
 @pytest.mark.parametrize("words", ["", f"Batch job submission failed: {LIMIT}"])
-def test_an_answer_that_is_final_is_raised_at_once(commands: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it is asked again"))
+def test_an_answer_that_is_final_is_not_asked_for_again(commands: Path, words: str) -> None:
+    asked: list[str] = []
     if words:
         put(commands / "sbatch", f'echo "{words}" >&2; exit 1')
+
+    def ask() -> str:
+        asked.append("once")
+        return slurm.run(["sbatch"])
+
     with pytest.raises(scheduler.SchedulerError, match="violates accounting" if words else "not found on this machine"):
-        scheduler.patiently(lambda: slurm.run(["sbatch"]))
+        scheduler.patiently(ask, patience_s=3)
+    assert asked == ["once"]
 
 
 def test_an_sbatch_that_waits_by_itself_is_quoted(commands: Path) -> None:
