@@ -89,7 +89,7 @@ def test_whatever_a_check_comes_to_all_that_they_said_is_in_one_file(
     says = {"good": "echo all well", "bad": "echo broken; exit 3", "slow": "echo begun; exec sleep 60", "late": ""}
     logs = {tmp_path / "logs" / f"{name}.log": ["/bin/sh", "-c", says[name]] for name in says}
     (tmp_path / "logs").mkdir()
-    assert gpu.bounded(logs, 2.0, at_once=1, into=tmp_path / "checks.log") == 124
+    assert gpu.bounded(logs, 6.0, at_once=1, into=tmp_path / "checks.log") == 124
     kept, shown = (tmp_path / "checks.log").read_text(), capsys.readouterr().out
     for told in ("-- good: exit code 0\nall well", "-- bad: exit code 3\nbroken", "-- slow: interrupted\nbegun"):
         assert told in kept and told in shown

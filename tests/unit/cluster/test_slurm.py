@@ -315,7 +315,7 @@ def test_a_sites_own_sbatch_that_asks_takes_no_words_meant_for_others_and_its_qu
         os.close(saved)
     put(commands / "sbatch", "echo 'Go on?'; exec /bin/sleep 60")  # at a terminal of its own
     with pytest.raises(scheduler.NoAnswer, match=r"no answer in 1 s\n  Go on\?"):
-        slurm.run(["sbatch"], timeout_s=1)
+        slurm.run(["sbatch"], timeout_s=3)
 
 
 def test_a_job_that_slurm_has_forgotten_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,8 +426,8 @@ def test_an_answer_that_is_final_is_not_asked_for_again(commands: Path, words: s
 def test_an_sbatch_that_waits_by_itself_is_quoted(commands: Path) -> None:
     waiting = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying"
     put(commands / "sbatch", f"echo '{waiting}' >&2; exec /bin/sleep 60")
-    with pytest.raises(scheduler.NoAnswer, match=r"no answer in 1 s\n.*temporarily unable to accept job"):
-        slurm.run(["sbatch"], timeout_s=1)
+    with pytest.raises(scheduler.NoAnswer, match=r"no answer in 3 s\n.*temporarily unable to accept job"):
+        slurm.run(["sbatch"], timeout_s=3)
 
 
 @pytest.mark.parametrize(("order", "argv"), [
