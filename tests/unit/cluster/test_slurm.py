@@ -314,7 +314,7 @@ def test_a_sites_own_sbatch_that_asks_takes_no_words_meant_for_others_and_its_qu
         os.dup2(saved, 0)
         os.close(saved)
     put(commands / "sbatch", "echo 'Go on?'; exec /bin/sleep 60")  # at a terminal of its own
-    with pytest.raises(scheduler.NoAnswer, match=r"no answer in 1 s\n  Go on\?"):
+    with pytest.raises(scheduler.NoAnswer, match=r"no answer in 3 s\n  Go on\?"):
         slurm.run(["sbatch"], timeout_s=3)
 
 
