@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import errno
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -476,6 +477,22 @@ def test_pngs_are_the_samples(tmp_path: Path) -> None:
     (tmp_path / "png" / "000003.png").unlink()
     with pytest.raises(RequestError, match="does not hold this set's 9 images"):
         unpack_png(sample_set, request, tmp_path / "png")
+
+
+def test_a_disk_that_is_full_while_a_set_is_unpacked_is_told_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = make_request(num_samples=4, shards=1, batch=4)
+    sample_set = make_set(tmp_path / "run", request)
+    run_shard(sample_set, request, 0)
+
+    def save(image: Image.Image, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError, match=r"No space left .*/png'"):
+        unpack_png(sample_set, request, tmp_path / "png")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_of_two_who_unpack_a_set_at_once_both_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
