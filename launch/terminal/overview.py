@@ -56,7 +56,7 @@ def describe(
 
     life: what read_life() has said of it, where it was asked.
     """
-    damage = Damage()
+    damage, now = Damage(), time.time()
     closed = damage.read(lambda: listed(run.path)) is None
     every, odd = life or read_life(run)
     # a job that found the run taken says nothing about the run, except that it held nodes meanwhile
@@ -66,8 +66,8 @@ def describe(
     unknown = lacking.tell(run, every, saved, damage)
     jobs = None if queued is None else {job: queued[job] for job in slurm_jobs(run, events) if job in queued}
     here = damage.read(lambda: local.at_work(run, every)) or {}
-    age = time.time() - seconds(beat["time"]) if beat else None
-    spent = goodput.breakdown(every, beat, time.time())
+    age = now - seconds(beat["time"]) if beat else None
+    spent = goodput.breakdown(every, beat, now)
     beats = age is not None and abs(age) < BEATS_S and _is_own(run, every, beat)
     state = None if closed else damage.read(lambda: _state(run, events, config, jobs, beats, here))
     state = "ended" if state == "prepared" and unknown else state or "unreadable"
@@ -79,9 +79,7 @@ def describe(
     died = latest.get("reason") if failed else nodes.why_died(run, events)
     gone = state in ("ended", "cancelled")
     unsaid = damage.read(lambda: unheard.why(run, events, answers=queued is not None)) if gone else None
-    problems = [died, saving, unsaid, *damage.told[: 1 if closed else None]]
     running = dict.fromkeys(here, "PENDING" if local.is_behind(events) else "RUNNING")
-    now = time.time()
     made = damage.read(lambda: making.newest(run, now)) if state == "sampling" else None
     return {
         "name": run.name,
@@ -108,7 +106,7 @@ def describe(
         "heartbeat_age_s": None if age is None else round(age, 1),
         "host": beat.get("host"),
         **of_training,
-        "problem": "; ".join(filter(None, problems)) or None,
+        "problem": "; ".join(filter(None, [died, saving, unsaid, *damage.told[: 1 if closed else None]])) or None,
     }
 
 
